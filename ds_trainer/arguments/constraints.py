@@ -1,0 +1,320 @@
+"""Rules between settings that types cannot tell: a table, one row a rule, each with its source.
+
+DeepSpeed finds some of these late, in the middle of building the engine, and some never: it then does something else than
+what was written. A row names the setting whose line is shown, when the rule is broken, and what to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ds_trainer.arguments.deepspeed_keys import SCHEDULES
+from ds_trainer.arguments.schema import RunSettings
+from ds_trainer.arguments.sources import Located
+from ds_trainer.errors import Problem
+
+DEFAULT_STAGE = 2
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""What each precision holds the weights in, by torch's names."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a rule looks at: the merged trees as written, and the settings in force."""
+
+    settings: RunSettings
+    run: Located
+    """The run file with the command line applied: only what somebody wrote."""
+    deepspeed: Located
+    """The DeepSpeed keys: only what somebody wrote."""
+
+    def ds(self, path: str, default: Any = None) -> Any:
+        """The plain value of a DeepSpeed key, or the default."""
+        node = self.deepspeed.find(path)
+        return default if node is None else node.plain()
+
+    @property
+    def stage(self) -> Any:
+        """The ZeRO stage in force."""
+        return self.ds("zero_optimization.stage", DEFAULT_STAGE if self.ds("zero_optimization") is None else 0)
+
+    def has(self, path: str) -> bool:
+        """Whether somebody wrote this setting; `deepspeed.` in front means a DeepSpeed key."""
+        return self.find(path) is not None
+
+    def find(self, path: str) -> Located | None:
+        """The node of a setting, in the language its name belongs to."""
+        if path.startswith("deepspeed."):
+            return self.deepspeed.find(path.removeprefix("deepspeed."))
+        return self.run.find(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """One rule."""
+
+    name: str
+    at: str
+    """The setting whose line the message shows."""
+    broken: Callable[[View], bool]
+    say: str
+    source: str
+
+
+_ZERO = "deepspeed.zero_optimization"
+_DS_SOURCE = "DeepSpeed 0.19.8"
+
+
+def _device(view: View, what: str) -> Any:
+    return view.ds(f"zero_optimization.{what}.device", "none")
+
+
+def _optimizer_type(view: View) -> str:
+    return str(view.ds("optimizer.type", "")).lower()
+
+
+def _only_stage_3() -> Iterable[Constraint]:
+    keys = (
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_module_granularity_threshold",
+        "sub_group_size",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_gradients",
+        "zero_quantized_nontrainable_weights",
+        "leaf_module",
+    )
+    for key in keys:
+        path = f"{_ZERO}.{key}"
+        yield Constraint(
+            f"{key}_needs_stage_3",
+            path,
+            lambda v, path=path: v.has(path) and v.stage in (0, 1, 2),  # type: ignore[misc]
+            f"`{key}` has an effect at ZeRO stage 3 only, and the stage is {{stage}}. Remove it, or set "
+            "zero_optimization.stage to 3.",
+            f"{_DS_SOURCE} runtime/engine.py hands it to stage 3 only",
+        )
+
+
+CONSTRAINTS: tuple[Constraint, ...] = (
+    # The model and the adapter.
+    Constraint(
+        "model_path_or_config",
+        "model",
+        lambda v: (v.settings.model.path is None) == (v.settings.model.config is None),
+        "give exactly one of model.path (a pretrained model) and model.config (from scratch), "
+        "for example `path: Qwen/Qwen3-0.6B`.",
+        "there is one set of initial weights",
+    ),
+    Constraint(
+        "scratch_needs_tokenizer",
+        "model.config",
+        lambda v: v.settings.model.config is not None and v.settings.model.tokenizer is None,
+        "a model from scratch has no tokenizer of its own. Add model.tokenizer: FOLDER_OR_HUB_ID.",
+        "a config names no tokenizer",
+    ),
+    Constraint(
+        "adapter_needs_pretrained",
+        "adapter",
+        lambda v: v.settings.adapter is not None and v.settings.model.config is not None,
+        "an adapter on a base of random weights that is never trained cannot learn. "
+        "Set model.path, or remove the section `adapter`.",
+        "LoRA freezes the base",
+    ),
+    Constraint(
+        "dtype_agrees_with_precision",
+        "model.dtype",
+        lambda v: v.settings.model.dtype is not None and v.settings.model.dtype != DTYPES[v.settings.train.precision],
+        "model.dtype = {dtype} contradicts train.precision = {precision}, which holds the weights in {precision_dtype}. "
+        "Remove model.dtype.",
+        f"{_DS_SOURCE} casts the module to the precision's type",
+    ),
+    Constraint(
+        "flash_needs_half",
+        "model.attention",
+        lambda v: v.settings.model.attention.startswith("flash") and v.settings.train.precision == "fp32",
+        "flash attention computes in bf16 or fp16 only. Set train.precision: bf16, or model.attention: auto.",
+        "flash-attn README",
+    ),
+    # How long and how fast.
+    Constraint(
+        "steps_or_epochs",
+        "train.epochs",
+        lambda v: v.settings.train.max_steps is not None and v.settings.train.epochs is not None,
+        "train.max_steps = {max_steps} and train.epochs = {epochs} both say how long to train. Remove one of them.",
+        "two lengths cannot both hold",
+    ),
+    Constraint(
+        "min_learning_rate_below_peak",
+        "train.min_learning_rate",
+        lambda v: v.settings.train.min_learning_rate > v.settings.train.learning_rate,
+        "train.min_learning_rate = {min_learning_rate} is above train.learning_rate = {learning_rate}.",
+        "the schedule falls",
+    ),
+    Constraint(
+        "constant_has_no_minimum",
+        "train.min_learning_rate",
+        lambda v: v.settings.train.min_learning_rate > 0 and v.settings.train.schedule == "constant",
+        "train.min_learning_rate has no effect with schedule: constant. Remove it, or use linear or cosine.",
+        "a constant schedule never falls",
+    ),
+    Constraint(
+        "warmup_fits",
+        "train.warmup_steps",
+        lambda v: v.settings.train.max_steps is not None and v.settings.train.warmup_steps >= v.settings.train.max_steps,
+        "train.warmup_steps = {warmup_steps} leaves no step after the warm-up of a run of {max_steps} steps.",
+        "the peak would never be reached",
+    ),
+    Constraint(
+        "max_steps_for_total_num_steps",
+        "deepspeed.scheduler",
+        lambda v: v.ds("scheduler.params.total_num_steps") == "auto" and v.settings.train.max_steps is None,
+        'scheduler.params.total_num_steps is "auto", and the run file says epochs. Set train.max_steps, or remove the '
+        "block `scheduler`: train.schedule needs no number of steps.",
+        f"{_DS_SOURCE} runtime/lr_schedules.py needs the number before the data is known",
+    ),
+    # ZeRO and offload.
+    Constraint(
+        "stage_is_1_2_3",
+        f"{_ZERO}.stage",
+        lambda v: v.stage not in (1, 2, 3) or isinstance(v.stage, bool),
+        "zero_optimization.stage = {stage}; it must be 1, 2 or 3 (stage 1 computes what stage 0 does, in less memory).",
+        "architecture: ZeRO 1, 2, 3",
+    ),
+    Constraint(
+        "one_precision",
+        "deepspeed.fp16.enabled",
+        lambda v: v.ds("bf16.enabled") is True and v.ds("fp16.enabled") is True,
+        "bf16.enabled and fp16.enabled are both true. Set one of them to false.",
+        f"{_DS_SOURCE} runtime/config.py raises while the engine is built",
+    ),
+    Constraint(
+        "offload_param_needs_stage_3",
+        f"{_ZERO}.offload_param",
+        lambda v: _device(v, "offload_param") != "none" and v.stage in (0, 1, 2),
+        "offload_param is ignored by DeepSpeed at ZeRO stage {stage}: only stage 3 splits the parameters. "
+        "Set zero_optimization.stage to 3, or remove the block.",
+        f"{_DS_SOURCE} runtime/engine.py: read for stage 3 only",
+    ),
+    Constraint(
+        "nvme_optimizer_needs_stage_3",
+        f"{_ZERO}.offload_optimizer.device",
+        lambda v: _device(v, "offload_optimizer") == "nvme" and v.stage in (0, 1, 2),
+        "offload_optimizer to nvme acts like cpu at ZeRO stage {stage}. Write cpu, or set zero_optimization.stage to 3.",
+        f"{_DS_SOURCE} runtime/zero/stage_1_and_2.py: any device but none means cpu",
+    ),
+    *(
+        Constraint(
+            f"nvme_path_for_{what}",
+            f"{_ZERO}.{what}.device",
+            lambda v, what=what: _device(v, what) == "nvme" and not v.ds(f"zero_optimization.{what}.nvme_path"),  # type: ignore[misc]
+            f'{what} is on nvme without a path. Add "nvme_path": "/local_nvme", a folder on a local disk.',
+            f"{_DS_SOURCE} runtime/swap_tensor/partitioned_param_swapper.py: TypeError on a path of None",
+        )
+        for what in ("offload_optimizer", "offload_param")
+    ),
+    *_only_stage_3(),
+    *(
+        Constraint(
+            f"{key}_below_stage_3",
+            f"{_ZERO}.{key}",
+            lambda v, key=key: v.has(f"{_ZERO}.{key}") and v.stage == 3,  # type: ignore[misc]
+            f"`{key}` is ignored at ZeRO stage 3. Remove it.",
+            f"{_DS_SOURCE} runtime/engine.py hands it to stages 1 and 2 only",
+        )
+        for key in ("round_robin_gradients", "ignore_unused_parameters")
+    ),
+    Constraint(
+        "partial_offload_needs_stage_3",
+        f"{_ZERO}.offload_optimizer.ratio",
+        lambda v: (
+            isinstance(v.ds("zero_optimization.offload_optimizer.ratio"), (int, float))
+            and v.ds("zero_optimization.offload_optimizer.ratio") < 1
+            and v.stage in (0, 1, 2)
+        ),
+        "offload_optimizer.ratio below 1 works at ZeRO stage 3 only, and the stage is {stage}. Remove it.",
+        f"{_DS_SOURCE} runtime/engine.py asserts it",
+    ),
+    Constraint(
+        "no_elastic_checkpoint",
+        f"{_ZERO}.elastic_checkpoint",
+        lambda v: v.ds("zero_optimization.elastic_checkpoint") is True,
+        "elastic_checkpoint does not make a checkpoint loadable by another number of ranks. Remove it.",
+        f"{_DS_SOURCE}: loading at another size raises the same error with and without it",
+    ),
+    Constraint(
+        "bf16_states_need_bf16_masters",
+        "deepspeed.bf16.bf16_optimizer_states",
+        lambda v: v.ds("bf16.bf16_optimizer_states") is True and v.ds("bf16.bf16_master_weights_and_grads") is not True,
+        "bf16_optimizer_states needs bf16_master_weights_and_grads: true beside it.",
+        f"{_DS_SOURCE} runtime/precision_config.py",
+    ),
+    # What the exact loss and the update rely on.
+    Constraint(
+        "mean_allreduce",
+        "deepspeed.gradient_allreduce_op",
+        lambda v: v.has("deepspeed.gradient_allreduce_op") and v.ds("gradient_allreduce_op") != "mean",
+        "gradient_allreduce_op must be mean: the loss of a step is scaled for it. Remove the key.",
+        "docs/design/exact-loss.md",
+    ),
+    Constraint(
+        "communication_data_type_name",
+        "deepspeed.communication_data_type",
+        lambda v: (
+            v.has("deepspeed.communication_data_type") and v.ds("communication_data_type") not in ("fp32", "fp16", "bf16")
+        ),
+        "communication_data_type must be fp32, fp16 or bf16.",
+        f"{_DS_SOURCE} runtime/config.py get_communication_data_type",
+    ),
+    Constraint(
+        "removed_optimizer",
+        "deepspeed.optimizer.type",
+        lambda v: _optimizer_type(v) in ("onebitadam", "onebitlamb", "zerooneadam"),
+        "1-bit optimizers were removed from DeepSpeed in 0.19.7. Use AdamW.",
+        "DeepSpeed PR 8490",
+    ),
+    Constraint(
+        "muon_stage_3",
+        "deepspeed.optimizer.type",
+        lambda v: _optimizer_type(v) == "muon" and v.stage == 3 and v.ds("zero_optimization.reduce_scatter") is not False,
+        'Muon at ZeRO stage 3 needs "reduce_scatter": false in zero_optimization.',
+        f"{_DS_SOURCE} runtime/zero/stage3.py raises",
+    ),
+    Constraint(
+        "schedule_said_twice",
+        "deepspeed.scheduler.type",
+        lambda v: (
+            v.has("train.schedule")
+            and v.has("deepspeed.scheduler.type")
+            and SCHEDULES.get(v.ds("scheduler.type")) != v.settings.train.schedule
+        ),
+        "scheduler.type = {scheduler} and train.schedule = {schedule} ask for two different schedules. "
+        "Remove the block `scheduler`, or train.schedule.",
+        "one setting in two languages",
+    ),
+)
+
+
+def check_constraints(view: View) -> list[Problem]:
+    """Apply every rule; a rule that breaks on a value of a wrong type is another check's business."""
+    train = view.settings.train
+    words = {
+        "stage": view.stage,
+        "scheduler": view.ds("scheduler.type"),
+        "dtype": view.settings.model.dtype,
+        "precision_dtype": DTYPES[train.precision],
+        **{name: getattr(train, name) for name in type(train).model_fields},
+    }
+    problems = []
+    for rule in CONSTRAINTS:
+        if rule.broken(view):
+            node = view.find(rule.at) or view.find(rule.at.rpartition(".")[0]) or view.run
+            problems.append(Problem(where=str(node.origin), what=rule.say.format(**words)))
+    return problems

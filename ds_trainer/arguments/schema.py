@@ -1,0 +1,202 @@
+"""The run file: one class a section, one documented field a setting.
+
+The classes only hold values. They open no file, look at no device and start nothing; whatever needs more than one
+setting to decide stands in `constraints.py`, and batch arithmetic in `batch.py`. Types are strict: `"8"` is not 8, `1.5` is no
+batch size and `true` is no number, because a value that has to be guessed at is a value somebody got wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict, no unknown keys; docstrings below fields become the JSON schema's descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """Which model is trained, and how it is held in memory."""
+
+    path: NonEmptyText | None = None
+    """Folder or hub id of a pretrained model. Give this or `config`, not both."""
+    config: NonEmptyText | dict[str, Any] | None = None
+    """From scratch: the fields of a transformers config (with `model_type`), or the path of a `config.json` or its folder."""
+    tokenizer: NonEmptyText | None = None
+    """Folder or hub id of the tokenizer; by default that of `path`."""
+    revision: NonEmptyText | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The type the weights are held in while training; another word for `train.precision`, and must agree with it."""
+    attention: NonEmptyText = "auto"
+    """Attention implementation: `auto`, `documents` (ours, one call a document), `sdpa`, `eager`, `flash_attention_2`, ..."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more compute for much less memory."""
+    resize_vocabulary: bool = False
+    """Grow the embeddings when the tokenizer has more tokens than the model; otherwise that is an error."""
+    chunked_loss: bool = True
+    """Compute head and loss in chunks of targets, so that the logits are never whole in memory. The result is the same."""
+
+
+class LoraSection(Section):
+    """Low-rank adaptation: the base stays frozen, small matrices beside chosen linear layers are trained."""
+
+    rank: PositiveInt = 16
+    """Inner dimension of the added matrices."""
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """The added product is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the input of the added matrices."""
+    target_modules: Literal["all-linear"] | Annotated[list[NonEmptyText], Field(min_length=1)] = "all-linear"
+    """Names (or ends of names) of the linear layers that get an adapter; `all-linear` takes all but the head."""
+
+
+class AdapterSection(Section):
+    """What is trained instead of all weights. Without this section all weights are trained."""
+
+    lora: LoraSection
+    """Low-rank adaptation."""
+
+
+class Source(Section):
+    """Files that hold records of one format."""
+
+    path: NonEmptyText
+    """A file or a glob such as `corpus/*.jsonl`; relative to the current folder."""
+    format: Literal["auto", "text", "messages", "prompt_response", "alpaca"] = "auto"
+    """How to read a record. `auto` decides by the keys of the first record, says so, and holds the others to it."""
+
+
+class DataSection(Section):
+    """What the model is trained on and how it becomes rows of tokens."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """The training data, all sources together."""
+    seq_len: PositiveInt
+    """Positions in a row, padding included."""
+    packing: bool = True
+    """Put several samples in one row; they never see one another. Without it a row holds one sample and padding."""
+    overlong: Literal["truncate", "split", "drop"] | None = None
+    """What happens to a sample longer than seq_len: `split` by default for pretrain, `truncate` for sft. Counted either way."""
+    chat_template: NonEmptyText | None = None
+    """A Jinja file that replaces the tokenizer's chat template."""
+    cache_folder: NonEmptyText | None = None
+    """Where tokenised data is kept; by default `data_cache` beside the run folder."""
+
+
+class TrainSection(Section):
+    """What one run does: how long, how large the steps, how the weights move."""
+
+    stage: Literal["pretrain", "sft"]
+    """`pretrain` trains on every token, `sft` on the assistant's tokens."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps in all. Give this or `epochs`."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the data; 1 when neither this nor `max_steps` is given."""
+    global_batch_size: PositiveInt | None = None
+    """Rows per optimizer step over all ranks."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows per rank per forward."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Forwards per rank per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    """The highest learning rate of the schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up, in optimizer steps."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises; the first one already moves the weights."""
+    min_learning_rate: NonNegativeFloat = 0.0
+    """Where `linear` and `cosine` end."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decay of matrices; norms and biases never decay."""
+    betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's two decay rates."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of weights and activations in forward and backward; the optimizer keeps fp32 master weights."""
+    seed: NonNegativeInt = 0
+    """Decides initial weights, the order of the data and dropout."""
+    collective_timeout_seconds: PositiveInt = 600
+    """A collective that waits longer than this ends the run instead of hanging."""
+
+
+class EvaluateSection(Section):
+    """Loss on rows that are never trained on. Without this section nothing is evaluated."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """The held-out data."""
+    every_steps: PositiveInt | None = None
+    """Evaluate after every so many optimizer steps; always at the end."""
+    max_rows: PositiveInt = 512
+    """Rows that are evaluated at most."""
+
+
+class DeepSpeedSection(BaseModel):
+    """The engine. Any DeepSpeed key may stand here, on top of the JSON; `deepspeed_keys.py` validates them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    config: NonEmptyText | None = None
+    """Path of a DeepSpeed JSON; `--deepspeed` replaces it."""
+
+
+class CheckpointSection(Section):
+    """Where the run is kept and when it is saved."""
+
+    folder: NonEmptyText
+    """The run folder."""
+    every_steps: PositiveInt | None = None
+    """Save after every so many optimizer steps; always at the end."""
+    keep_last: PositiveInt = 2
+    """Complete checkpoints that are kept; older ones are removed after a new one is complete."""
+    resume: NonEmptyText = "auto"
+    """`auto` continues from the newest complete checkpoint if there is one; `never` starts anew; or a checkpoint's path."""
+
+
+class MonitorSection(Section):
+    """What is written about the run while it goes on. `metrics.jsonl` is always written."""
+
+    log_every_steps: PositiveInt = 10
+    """Optimizer steps between two lines of metrics."""
+    tensorboard: dict[str, Any] | None = None
+    """DeepSpeed's `tensorboard` block."""
+    wandb: dict[str, Any] | None = None
+    """DeepSpeed's `wandb` block."""
+    csv_monitor: dict[str, Any] | None = None
+    """DeepSpeed's `csv_monitor` block."""
+    comet: dict[str, Any] | None = None
+    """DeepSpeed's `comet` block."""
+
+
+class RunSettings(Section):
+    """A whole run, as the run file writes it."""
+
+    model: ModelSection
+    """Which model is trained."""
+    adapter: AdapterSection | None = None
+    """What is trained instead of all weights."""
+    data: DataSection
+    """What it is trained on."""
+    train: TrainSection
+    """How it is trained."""
+    evaluate: EvaluateSection | None = None
+    """What it is measured on."""
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    """The engine's own settings."""
+    checkpoint: CheckpointSection
+    """Where it is kept."""
+    monitor: MonitorSection = MonitorSection()
+    """What is written about it."""

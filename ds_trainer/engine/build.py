@@ -1,0 +1,104 @@
+"""Build the DeepSpeed engine: sharded construction, the ops it needs, `deepspeed.initialize`.
+
+Written for DeepSpeed 0.19.6 to 0.20. What depends on the version is said where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_trainer.arguments.engine_config import OptimizerKind
+from ds_trainer.arguments.schema import TrainSection
+from ds_trainer.engine.offload import build_op
+from ds_trainer.engine.optim import build_optimizer, build_schedule, parameter_groups
+from ds_trainer.engine.wrapper import Engine, Objective
+
+
+def prepare_deepspeed(device: torch.device, local_world_size: int) -> None:
+    """Import DeepSpeed so that it adopts this device and compiles nothing we do not use. Before the process group."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # On the CPU, DeepSpeed counts devices by LOCAL_SIZE, which torchrun does not set.
+        os.environ.setdefault("LOCAL_SIZE", str(local_world_size))
+    import deepspeed.ops
+
+    # 0.19 compiles this op on every start on a CPU; it only speeds up inference (deepspeed/comm/torch.py build_shm_op).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def sharded_construction(config: dict[str, Any]) -> Iterator[None]:
+    """Inside, transformers shards every weight the moment it is made, when the config says ZeRO-3. Collective.
+
+    transformers keeps only a weak reference to this object: if it died here, sharding would silently be off.
+    """
+    if config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    alive = HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Make sharded parameters whole inside the context; at its end rank zero's values hold. Collective under ZeRO-3."""
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return context
+
+
+def build_engine(
+    model: nn.Module,
+    *,
+    objective: Objective,
+    config: dict[str, Any],
+    optimizer_kind: OptimizerKind,
+    own_schedule: bool,
+    train: TrainSection,
+    max_steps: int,
+    report: Callable[[str], None],
+) -> Engine:
+    """Wrap the model in a DeepSpeed engine. Collective.
+
+    Args:
+        model: with its objective attached and its adapters in place.
+        objective: engine and batch -> sum of the loss over the batch's targets.
+        config: as `build_engine_config` made it, without any "auto".
+        optimizer_kind: which implementation moves the weights.
+        own_schedule: the learning rate follows `train.schedule`, not a `scheduler` block.
+        train: learning rate, decay, schedule.
+        max_steps: optimizer steps of the whole run.
+        report: takes a line for the user.
+
+    Raises:
+        BuildError: an op must be compiled and cannot be.
+    """
+    import deepspeed
+
+    zero = config["zero_optimization"]
+    for what in ("offload_optimizer", "offload_param"):
+        if (zero.get(what) or {}).get("device") == "nvme":
+            build_op("async_io", report)
+            break
+    optimizer = build_optimizer(optimizer_kind, model, train, report)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=None if optimizer is not None else parameter_groups(model, train.weight_decay),
+        optimizer=optimizer,
+        lr_scheduler=build_schedule(train, max_steps) if own_schedule else None,
+        config=config,
+        dist_init_required=False,
+    )
+    return Engine(engine, objective)

@@ -1,0 +1,128 @@
+"""DeepSpeed's C++ ops: build them with a word to the user, and explain what is missing instead of a stack trace.
+
+An op is compiled by the first process that needs it and kept in TORCH_EXTENSIONS_DIR. torch guards the build with a file named
+`lock`, which a killed build leaves behind and the next process then waits for without a word, for ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ds_trainer.errors import BuildError
+
+_BUILDERS = {"cpu_adam": "CPUAdamBuilder", "fused_adam": "FusedAdamBuilder", "async_io": "AsyncIOBuilder"}
+_NEEDED_BY = {
+    "cpu_adam": "optimizer offload (zero_optimization.offload_optimizer)",
+    "fused_adam": "DeepSpeed's fused AdamW on the GPU",
+    "async_io": "offload to nvme",
+}
+STALE_SECONDS = 20 * 60
+"""A build takes one to three minutes; a lock of this age belongs to a process that died."""
+
+
+def build_op(name: str, report: Callable[[str], None]) -> None:
+    """Compile one of DeepSpeed's ops, or load it if that was done before. One process a host compiles, the others wait.
+
+    Args:
+        name: `cpu_adam`, `fused_adam` or `async_io`.
+        report: takes a line for the user.
+
+    Raises:
+        BuildError: a compiler or library is missing, or the compiler failed; with what to install.
+    """
+    # ninja comes with DeepSpeed into the environment's bin folder, which is on PATH only when the environment is active.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    builder = getattr(importlib.import_module("deepspeed.ops.op_builder"), _BUILDERS[name])()
+    folder = _build_folder(name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / f"{name}.ds_trainer.lock", "w") as lock:
+            # The kernel releases this lock with its owner, so unlike torch's it cannot go stale.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _remove_stale_lock(folder, report)
+            built = any(folder.glob("*.so"))
+            if not built:
+                _require_tools(name, builder)
+                report(f"building DeepSpeed's op {name} for {_NEEDED_BY[name]}; this takes some minutes and happens once")
+            started = time.monotonic()
+            builder.load(verbose=False)
+            if not built:
+                report(f"built {name} in {time.monotonic() - started:.0f} s ({folder})")
+    except BuildError:
+        raise
+    except OSError as error:
+        raise BuildError(
+            f"DeepSpeed's op {name} cannot be built in {folder.parent} ({error.strerror or error}). "
+            "Set TORCH_EXTENSIONS_DIR to a folder you can write to."
+        ) from None
+    except Exception as error:  # torch raises RuntimeError and CalledProcessError with the compiler's output in it
+        text = str(error)
+        cause = next((line.strip() for line in text.splitlines() if "error:" in line), text.strip().split("\n")[0])
+        raise BuildError(
+            f"DeepSpeed's op {name}, needed for {_NEEDED_BY[name]}, could not be built: {cause[:300]}. "
+            f"The compiler's output is in this rank's log. {_advice(name)}"
+        ) from error
+
+
+def _build_folder(name: str) -> Path:
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(name, verbose=False))
+
+
+def _remove_stale_lock(folder: Path, report: Callable[[str], None]) -> None:
+    lock = folder / "lock"
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return
+    if age > STALE_SECONDS or not _someone_builds(folder):
+        lock.unlink(missing_ok=True)
+        report(f"removed a build lock that a killed process left behind {age / 60:.0f} min ago ({lock})")
+
+
+def _someone_builds(folder: Path) -> bool:
+    """Whether a compiler or ninja of this user works in the folder right now."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve() == folder.resolve():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _require_tools(name: str, builder: object) -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if not (shutil.which(compiler) or shutil.which("g++")):
+        raise BuildError(f"DeepSpeed's op {name} needs a C++ compiler, and `{compiler}` was not found. {_advice(name)}")
+    if not shutil.which("ninja"):
+        raise BuildError(f"DeepSpeed's op {name} needs ninja, which was not found. Install it: pip install ninja")
+    if name == "async_io" and not builder.is_compatible(verbose=False):  # type: ignore[attr-defined]
+        raise BuildError(f"offload to nvme needs libaio and its header, which were not found. {_advice(name)}")
+
+
+def _advice(name: str) -> str:
+    if name == "async_io":
+        return "Install them: apt-get install g++ libaio-dev (or dnf install gcc-c++ libaio-devel)."
+    if name == "cpu_adam":
+        return (
+            "Install a compiler: apt-get install g++ (or dnf install gcc-c++); or do without: "
+            '"optimizer": {"type": "AdamW", "params": {"torch_adam": true}} in the DeepSpeed JSON.'
+        )
+    cuda = torch.version.cuda or "none"
+    return (
+        f"Install g++ and a CUDA toolkit of torch's version ({cuda}); or do without: "
+        '"optimizer": {"type": "AdamW", "params": {"torch_adam": true}} in the DeepSpeed JSON.'
+    )

@@ -1,0 +1,132 @@
+"""One optimizer step of a DeepSpeed engine, in the words of this project.
+
+What is DeepSpeed's way of doing things ends here: its scaling by accumulation steps, its boundaries, its checkpoint calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_trainer.errors import CheckpointError
+from ds_trainer.protocols import ModelBatch
+
+Objective = Callable[[Callable[..., Tensor], ModelBatch], Tensor]
+"""(engine, batch) -> sum of the loss over the batch's targets, a scalar with a gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one optimizer step did."""
+
+    applied: bool
+    """False when the gradients were not finite and DeepSpeed left the weights alone."""
+    grad_norm: float | Tensor | None
+    """Norm of the whole gradient before clipping."""
+    learning_rate: float
+    """Of this update."""
+    loss_scale: float
+    """1 unless fp16."""
+
+
+class Engine:
+    """Owns the DeepSpeed engine. Every method is collective: every rank must call it."""
+
+    def __init__(self, deepspeed_engine: Any, objective: Objective) -> None:
+        self._engine = deepspeed_engine
+        self._objective = objective
+        self.data_parallel_size: int = deepspeed_engine.dp_world_size
+        self.device: torch.device = deepspeed_engine.device
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare module; under ZeRO-3 its parameters are shards."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """Call the model as the objective does."""
+        output: Tensor = self._engine(**inputs)
+        return output
+
+    def micro_step(self, batch: ModelBatch, num_targets: Tensor) -> Tensor:
+        """One forward and backward.
+
+        DeepSpeed averages gradients over ranks, so the sum is scaled by their number; its division by the accumulation
+        steps is switched off. The gradient is then exactly that of (sum over all targets of the step) / num_targets.
+
+        Args:
+            batch: a micro-batch on the engine's device.
+            num_targets: targets of the whole step, over all ranks and micro-batches; a scalar on the device.
+
+        Returns:
+            This micro-batch's share of the loss of the step: a scalar on the device. Nothing waits for the device.
+        """
+        nll_sum = self._objective(self._engine, batch)
+        self._engine.backward(nll_sum * (self.data_parallel_size / num_targets), scale_wrt_gas=False)
+        self._boundary = self._engine.is_gradient_accumulation_boundary()
+        if not self._boundary:
+            self._engine.step()  # counts the micro-step; the update waits for `end_step`
+        return nll_sum.detach() / num_targets
+
+    def end_step(self) -> StepOutcome:
+        """Update the weights after the last micro-step of a window."""
+        assert self._boundary, "a window must have gradient_accumulation_steps micro-batches"
+        learning_rate = float(self._engine.get_lr()[0])
+        self._engine.step()
+        scale = getattr(self._engine.optimizer, "cur_scale", 1.0) if self._engine.fp16_enabled() else 1.0
+        return StepOutcome(
+            applied=bool(self._engine.was_step_applied()),
+            grad_norm=self._engine.get_global_grad_norm(),
+            learning_rate=learning_rate,
+            loss_scale=float(scale),
+        )
+
+    def evaluate(self, batch: ModelBatch) -> Tensor:
+        """Sum of the loss over a batch's targets, without gradients; dropout is off between `eval_mode` calls."""
+        with torch.no_grad():
+            return self._objective(self._engine, batch)
+
+    def train_mode(self, on: bool) -> None:
+        """Switch dropout and the like on for training, off for evaluation."""
+        self._engine.train(on)
+
+    def save(self, folder: Path, tag: str, *, exclude_frozen: bool) -> None:
+        """Write model and optimizer states into folder/tag.
+
+        Args:
+            folder: where `latest` would be; it is not written.
+            tag: name of the checkpoint's folder.
+            exclude_frozen: leave out weights that are not trained.
+
+        Raises:
+            CheckpointError: DeepSpeed reported that it did not save.
+        """
+        done = self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=exclude_frozen)
+        if done is False:
+            raise CheckpointError(f"DeepSpeed did not write {folder / tag}; this rank's log has its reason.")
+
+    def load(self, folder: Path, tag: str, *, excluded_frozen: bool) -> None:
+        """Take over the states that `save` wrote, with the same number of ranks and at the same ZeRO stage.
+
+        Raises:
+            CheckpointError: DeepSpeed found nothing to load.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not excluded_frozen)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found no checkpoint in {folder / tag}.")
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """Hand (name, value, step) to DeepSpeed's monitors: TensorBoard, W&B, CSV, Comet, as configured."""
+        monitor = getattr(self._engine, "monitor", None)
+        if monitor is not None and monitor.enabled:
+            monitor.write_events(events)
+
+    def close(self) -> None:
+        """Release hooks and buffers; files that offload to nvme left are removed by DeepSpeed."""
+        self._engine.destroy()

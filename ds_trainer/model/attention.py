@@ -1,0 +1,183 @@
+"""Attention over packed rows: documents in one row must never see one another.
+
+transformers isolates packed documents only under conditions that its default call does not meet (no cache, no mask, positions
+that restart; flash attention also wants one row). So the layout is made here, in one place, for the implementation
+that is used, and `probe_isolation` proves on the real model, before the first step, that it holds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_trainer.errors import ModelError
+from ds_trainer.protocols import IGNORED, MicroBatch, ModelBatch
+
+DOCUMENTS = "documents"
+"""Our implementation: one attention call a document, so that no masked pair is ever computed."""
+
+
+def choose_attention(asked: str, config: Any, device_type: str, precision: str) -> str:
+    """Decide which attention implementation is used.
+
+    Args:
+        asked: `model.attention`; anything but `auto` is taken as it is.
+        config: the model's transformers config.
+        device_type: `cuda` or `cpu`.
+        precision: `bf16`, `fp16` or `fp32`.
+    """
+    if asked != "auto":
+        return asked
+    text = config.get_text_config()
+    special = ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
+    has_sinks = getattr(text, "model_type", "") == "gpt_oss"
+    if any(getattr(text, name, None) for name in special) or has_sinks:
+        return "sdpa"  # these change which pairs attend, or how: transformers' own masks know them
+    if device_type == "cuda" and precision != "fp32" and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return DOCUMENTS
+
+
+def register_document_attention() -> None:
+    """Make `documents` a name that transformers accepts as an attention implementation."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(DOCUMENTS, _document_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(DOCUMENTS, lambda *args, **kwargs: None)
+
+
+def _document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    document_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document of one row.
+
+    Args:
+        module: the attention module.
+        query: (1, heads, positions, head_size).
+        key: (1, key_value_heads, positions, head_size).
+        value: (1, key_value_heads, positions, head_size).
+        attention_mask: None; documents are told apart by their lengths.
+        scaling: factor on the scores.
+        dropout: probability of dropping a score.
+        document_lengths: positions of each document, on the host; None for a call that packs nothing, as generation does.
+        **kwargs: what else transformers hands on; what would change the scores is refused.
+
+    Returns:
+        (1, positions, heads, head_size), None.
+    """
+    unsupported = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    if unsupported or attention_mask is not None:
+        raise ModelError(
+            f"{type(module).__name__} asks its attention for {', '.join(unsupported) or 'a mask'}, which "
+            "`attention: documents` does not compute. Set model.attention: sdpa."
+        )
+    lengths = document_lengths or (query.shape[2],)
+    grouped = query.shape[1] != key.shape[1]
+    outputs = [
+        nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+        )
+        for q, k, v in zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def arrange(batch: MicroBatch, implementation: str, device: torch.device) -> ModelBatch:
+    """Lay a micro-batch out as the attention implementation needs it, and move it to the device.
+
+    `documents` and flash attention get one row of all documents end to end, without the padding; the others get the rows
+    as they are, and derive their mask from the positions, which restart with each document.
+
+    Args:
+        batch: rows of the loader, on the CPU.
+        implementation: as `choose_attention` decided.
+        device: where the model is.
+    """
+    input_ids, labels, positions = batch.input_ids, batch.labels, batch.position_ids
+    extra: dict[str, Any] = {}
+    if implementation == DOCUMENTS or implementation.startswith("flash"):
+        kept = batch.is_token.flatten()
+        if not bool(kept.any()):
+            kept[0] = True  # a rank without rows still takes part in every collective
+        input_ids, labels, positions = (each.flatten()[kept][None] for each in (input_ids, labels, positions))
+        starts = torch.cat([(positions[0] == 0).nonzero().flatten(), torch.tensor([positions.shape[1]])])
+        lengths = starts.diff()
+        if implementation == DOCUMENTS:
+            extra["document_lengths"] = tuple(lengths.tolist())
+        else:
+            boundaries = starts.to(torch.int32).to(device, non_blocking=True)
+            longest = int(lengths.max())
+            extra = {
+                "cu_seq_lens_q": boundaries,
+                "cu_seq_lens_k": boundaries,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+    target_positions = (labels.flatten() != IGNORED).nonzero().flatten()
+    targets = labels.flatten()[target_positions]
+    return ModelBatch(
+        inputs={
+            "input_ids": input_ids.to(device, non_blocking=True),
+            "position_ids": positions.to(device, non_blocking=True),
+            "use_cache": False,  # with a cache, transformers does not look for packed documents
+            **extra,
+        },
+        target_positions=target_positions.to(device, non_blocking=True),
+        targets=targets.to(device, non_blocking=True),
+        num_tokens=batch.num_tokens,
+    )
+
+
+def probe_isolation(
+    states: Callable[[ModelBatch], Tensor], implementation: str, vocabulary_size: int, device: torch.device
+) -> None:
+    """Prove on the real model that a document is computed as if it were alone in its row.
+
+    Two documents are fed packed and the second one alone; what the model makes of the second must be the same. Collective
+    under ZeRO-3: every rank.
+
+    Args:
+        states: the model's last hidden states (rows, positions, hidden_size) for a batch, without gradients.
+        implementation: the attention implementation in use.
+        vocabulary_size: ids of the probe are below it.
+        device: where the model is.
+
+    Raises:
+        ModelError: the documents see one another.
+    """
+    first, second = 9, 7
+    ids = torch.arange(first + second) * 7919 % vocabulary_size
+    positions = torch.cat([torch.arange(first), torch.arange(second)])
+
+    def batch(ids: Tensor, positions: Tensor) -> ModelBatch:
+        rows = MicroBatch(
+            input_ids=ids[None],
+            labels=torch.full_like(ids, IGNORED)[None],
+            position_ids=positions[None],
+            is_token=torch.ones_like(ids, dtype=torch.bool)[None],
+        )
+        return arrange(rows, implementation, device)
+
+    packed = states(batch(ids, positions))[0, first:]
+    alone = states(batch(ids[first:], positions[first:]))[0]
+    difference = ((packed - alone).float().norm() / alone.float().norm().clamp_min(1e-12)).item()
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
+    if not difference <= tolerance:
+        raise ModelError(
+            f"attention `{implementation}` lets packed documents of this model see one another (a document's states change "
+            f"by {difference:.1e} of their norm when another is packed before it; allowed {tolerance:.0e}). "
+            "Set model.attention to another implementation, or data.packing: false."
+        )

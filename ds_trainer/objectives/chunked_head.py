@@ -1,0 +1,94 @@
+"""The language-model head and its loss in chunks of targets, so that the logits are never whole in memory.
+
+For every chunk of targets the logits are made, turned into the loss and into their own gradient, and dropped. Nothing of size
+(targets, vocabulary) outlives its chunk, in the forward pass or the backward pass.
+
+Source: the gradient of cross entropy, softmax(logits) - onehot(target), needs nothing but the chunk itself, so that it can be
+taken while the logits exist (Hsu et al. 2024, "Liger Kernel", section 3.2: fused linear cross entropy).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 1 << 25
+"""Logits held at once: 32 Mi numbers, 128 MiB in fp32. Fewer make the matrix products small, more cost memory."""
+
+
+def chunk_rows(vocabulary_size: int) -> int:
+    """Targets in a chunk, so that a chunk holds about CHUNK_ELEMENTS logits."""
+    return max(64, CHUNK_ELEMENTS // vocabulary_size)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the negative log-likelihoods; computes the gradients in the forward pass, scales them in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        # Sums over many chunks: in bf16 they would lose what single chunks add.
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if want_weight else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if want_bias else None
+        for start in range(0, hidden.shape[0], rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = nn.functional.linear(part, weight, bias).to(wide)
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            total += (normalizer - logits.gather(-1, target)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            logits.sub_(normalizer).exp_()
+            logits.scatter_add_(-1, target, torch.full_like(normalizer, -1.0))
+            if grad_bias is not None:
+                grad_bias += logits.sum(dim=0)
+            grad_logits = logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                if part.dtype == wide:
+                    grad_weight.addmm_(grad_logits.T, part)
+                else:
+                    grad_weight += grad_logits.T @ part
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else grad_hidden * scale,
+            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
+            None,
+            None,
+        )
+
+
+def chunked_nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int | None = None) -> Tensor:
+    """Sum of -log softmax(hidden @ weight.T + bias)[target] over all targets.
+
+    Args:
+        hidden: (num_targets, hidden_size), the states at the positions of the targets.
+        weight: (vocabulary_size, hidden_size).
+        bias: (vocabulary_size,) or None.
+        targets: (num_targets,) int64.
+        rows: targets in a chunk; by default as many as `chunk_rows` says.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 input); 0 when there is no target.
+    """
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, rows or chunk_rows(weight.shape[0]))
+    return total
+
+
+def plain_nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same from logits (num_targets, vocabulary_size) that are whole in memory."""
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,0 +1,98 @@
+"""Next-token prediction: the objective of `pretrain` and `sft`.
+
+The model's forward is replaced, so that one call of the engine (which its ZeRO hooks need) ends in the loss and not in logits:
+
+    loss of a step = sum over all targets of the global batch of -log p(target) / number of targets
+
+The function here gives the sum; the engine divides by the number over all ranks. See docs/design/exact-loss.md.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_trainer.errors import ModelError
+from ds_trainer.objectives.chunked_head import chunked_nll_sum, plain_nll_sum
+from ds_trainer.protocols import ModelBatch
+
+
+def attach(model: Any, *, chunked: bool) -> str:
+    """Make the model's forward return the loss of given targets.
+
+    The head computes loss and logits in one call of one module: under ZeRO-3 its weight is gathered once a call, and the
+    number of chunks may differ between ranks.
+
+    Args:
+        model: a transformers causal language model, without adapters around it.
+        chunked: keep the logits out of memory; False computes them whole.
+
+    Returns:
+        What was attached, for the log.
+
+    Raises:
+        ModelError: the model has no head or body that can be called by itself.
+    """
+    head, body = model.get_output_embeddings(), model.base_model
+    if head is None or body is model:
+        raise ModelError(f"{type(model).__name__} has no separate head; only causal language models can be trained.")
+    text = model.config.get_text_config()
+    scaled = [
+        name
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+        if getattr(text, name, None) not in (None, 1, 1.0)
+    ]
+    if chunked and (type(head) is not nn.Linear or scaled):
+        found = f"logits changed by {', '.join(scaled)}" if scaled else f"a head of type {type(head).__name__}"
+        raise ModelError(
+            f"{type(model).__name__} has {found}, which the chunked loss does not compute. Set model.chunked_loss: false."
+        )
+    logits_of = model.forward  # the class's own: it knows what this architecture does to its logits
+
+    def head_forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        return chunked_nll_sum(hidden, self.weight, self.bias, targets)
+
+    def forward(
+        self: Any,
+        *args: Any,
+        target_positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        states_only: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        if states_only:
+            return body(**inputs)[0]
+        if target_positions is None or targets is None:
+            return logits_of(*args, **inputs)
+        if not chunked:
+            logits = logits_of(**inputs).logits
+            return plain_nll_sum(logits.flatten(0, 1)[target_positions], targets)
+        hidden = body(**inputs)[0]
+        return head(hidden.flatten(0, 1)[target_positions], targets)
+
+    if chunked:
+        head.forward = types.MethodType(head_forward, head)
+    model.forward = types.MethodType(forward, model)
+    return "head and loss in chunks of targets" if chunked else "logits whole in memory"
+
+
+def nll_sum(engine: Callable[..., Tensor], batch: ModelBatch) -> Tensor:
+    """Sum of the negative log-likelihoods of a batch's targets: a scalar with a gradient.
+
+    Args:
+        engine: the engine, or any module that `attach` was applied to.
+        batch: on the engine's device.
+    """
+    return engine(**batch.inputs, target_positions=batch.target_positions, targets=batch.targets)
+
+
+def last_states(engine: Callable[..., Tensor], batch: ModelBatch) -> Tensor:
+    """The states (rows, positions, hidden_size) below the head, without gradients: for the isolation probe."""
+    with torch.no_grad():
+        return engine(**batch.inputs, states_only=True)
