@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
 
-@dataclass(slots=True)
+
 class TrainState:
     """Counts over all ranks since the first start of the run."""
 
-    step: int = 0
-    """Optimizer steps that are complete."""
-    rows_consumed: int = 0
-    """Rows fed: the position in the order of the data."""
-    tokens_seen: int = 0
-    """Token ids fed, padding not counted."""
-    targets_seen: int = 0
-    """Labels that counted in a loss."""
+    def __init__(self, *, step: int = 0, rows_consumed: int = 0, tokens_seen: int = 0, targets_seen: int = 0) -> None:
+        self.step = step
+        """Optimizer steps that are complete."""
+        self.rows_consumed = rows_consumed
+        """Rows fed: the position in the order of the data."""
+        self._targets_and_tokens: Tensor | None = None
+        self._before = (targets_seen, tokens_seen)
+
+    def advance(self, *, rows_consumed: int, targets_and_tokens: Tensor) -> None:
+        """Count one optimizer step.
+
+        Args:
+            rows_consumed: the position after it.
+            targets_and_tokens: what it fed, (2,) int64 on the device, where it stays until somebody asks.
+        """
+        self.step += 1
+        self.rows_consumed = rows_consumed
+        seen = self._targets_and_tokens
+        self._targets_and_tokens = targets_and_tokens.clone() if seen is None else seen + targets_and_tokens
 
     def to_json(self) -> dict[str, int]:
-        """The fields as JSON."""
-        return asdict(self)
+        """The fields as JSON. Waits for the device."""
+        seen = self._targets_and_tokens
+        targets, tokens = (0, 0) if seen is None else seen.tolist()
+        return {
+            "step": self.step,
+            "rows_consumed": self.rows_consumed,
+            "tokens_seen": self._before[1] + tokens,
+            "targets_seen": self._before[0] + targets,
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TrainState:
         """The state that `to_json` wrote."""
-        return cls(**{name: int(fields[name]) for name in cls.__slots__})
+        names = ("step", "rows_consumed", "tokens_seen", "targets_seen")
+        return cls(**{name: int(fields[name]) for name in names})
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

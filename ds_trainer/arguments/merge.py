@@ -24,7 +24,6 @@ from ds_trainer.arguments.deepspeed_keys import (
     leftover_autos,
     precision_of,
     show,
-    validate_blocks,
 )
 from ds_trainer.arguments.schema import RunSettings
 from ds_trainer.arguments.sources import DEFAULT, Located, Origin, read_json, read_override, read_yaml
@@ -71,6 +70,8 @@ class Resolved:
     """The DeepSpeed keys as written, without the run file's `deepspeed.config`; shared settings included."""
     origins: dict[str, Origin]
     """By dotted path, for every leaf of `settings`; DeepSpeed's own keys carry their origin in `deepspeed`."""
+    config_path: Path
+    """The run file that was read."""
     deepspeed_path: str | None
     """The DeepSpeed JSON that was read."""
 
@@ -85,16 +86,16 @@ def resolve(
     deepspeed: str | Path | None = None,
     overrides: Sequence[str] = (),
     resume: str | None = None,
-    validate_deepspeed: bool = True,
 ) -> Resolved:
-    """Read, merge and validate everything the user wrote.
+    """Read, merge and validate everything the user wrote; fast, without importing torch.
+
+    The nested DeepSpeed blocks have a second check, `deepspeed_keys.validate_blocks`, which imports DeepSpeed.
 
     Args:
         config: path of the run file.
         deepspeed: path of a DeepSpeed JSON; replaces `deepspeed.config` of the run file.
         overrides: `section.key=value` texts of the command line.
         resume: value of `--resume`.
-        validate_deepspeed: also validate nested blocks with DeepSpeed's own models, which imports DeepSpeed.
 
     Raises:
         ArgumentsError: with every problem that was found, each with file and line.
@@ -128,12 +129,14 @@ def resolve(
         problems += check_constraints(View(settings, run, engine))
     if problems:
         raise ArgumentsError(sorted(problems, key=_by_place))
-    if validate_deepspeed and (problems := validate_blocks(engine)):
-        raise ArgumentsError(problems)
     assert settings is not None
     origins = {name: node.origin for name, node in run.leaves() if not name.startswith("deepspeed.")}
     return Resolved(
-        settings=settings, deepspeed=engine, origins=origins, deepspeed_path=path if isinstance(path, str) else None
+        settings=settings,
+        deepspeed=engine,
+        origins=origins,
+        config_path=Path(config),
+        deepspeed_path=path if isinstance(path, str) else None,
     )
 
 

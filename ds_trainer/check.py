@@ -1,0 +1,69 @@
+"""The story of a check: the settings in force, each with its origin, and the batch arithmetic. No launcher, no GPU, no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ds_trainer.arguments.engine_config import build_engine_config, optimizer_kind, read_hidden_size, solve_run_batch
+from ds_trainer.arguments.merge import Resolved
+from ds_trainer.arguments.report import engine_rows, setting_rows
+
+Row = tuple[str, Any, str]
+
+
+def check_rows(resolved: Resolved, world_size: int, device_type: str) -> tuple[list[Row], list[Row], str]:
+    """The settings, the keys DeepSpeed is handed, and the batch arithmetic in a line.
+
+    Raises:
+        ArgumentsError: the batch arithmetic does not work out at this number of ranks.
+    """
+    batch = solve_run_batch(resolved, world_size)
+    engine = build_engine_config(resolved, batch, hidden_size=read_hidden_size(resolved), device_type=device_type)
+    return setting_rows(resolved), engine_rows(resolved, engine), str(batch)
+
+
+def as_text(resolved: Resolved, world_size: int, device_type: str) -> str:
+    """The check as people read it."""
+    settings, engine, batch = check_rows(resolved, world_size, device_type)
+    optimizer = optimizer_kind(resolved, device_type)
+    return "\n".join(
+        [
+            "Settings in force, and where each comes from",
+            *_aligned(settings),
+            "",
+            "What DeepSpeed is handed",
+            *_aligned(engine),
+            f"  optimizer: {optimizer} on {device_type}",
+            "",
+            f"Batch: {batch}",
+        ]
+    )
+
+
+def as_json(resolved: Resolved, world_size: int, device_type: str) -> dict[str, Any]:
+    """The check for machines."""
+    settings, engine, _ = check_rows(resolved, world_size, device_type)
+    batch = solve_run_batch(resolved, world_size)
+    return {
+        "settings": {path: {"value": value, "origin": origin} for path, value, origin in settings},
+        "deepspeed": {path: {"value": value, "origin": origin} for path, value, origin in engine},
+        "optimizer": optimizer_kind(resolved, device_type),
+        "batch": {
+            "micro_batch_size": batch.micro_batch_size,
+            "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+            "data_parallel_size": batch.data_parallel_size,
+            "global_batch_size": batch.global_batch_size,
+        },
+    }
+
+
+def _aligned(rows: Iterable[Row]) -> list[str]:
+    shown = [(path, _short(value), origin) for path, value, origin in rows]
+    widths = [max(len(row[column]) for row in shown) for column in (0, 1)]
+    return [f"  {path:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for path, value, origin in shown]
+
+
+def _short(value: Any) -> str:
+    text = "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 48 else text[:45] + "..."

@@ -1,0 +1,123 @@
+"""What a checkpoint looks like on disk, and whether it is complete.
+
+    checkpoints/
+      latest                      name of the newest complete checkpoint: the text file DeepSpeed expects
+      step_00000100/              complete: only a finished one ever gets this name
+        manifest.json             state of the run, and size and SHA-256 of every other file
+        ...                       DeepSpeed's files
+      .partial-step_00000200/     being written, or left by a killed run: never read
+
+Source of the protocol: docs/design/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+PARTIAL = ".partial-"
+REMOVED = ".removed-"
+FORMAT = 1
+"""Version of the manifest; a later program reads older ones or refuses them by this number."""
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that carry a finished one's name, oldest first; their files are not looked at."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a killed save or a killed removal left behind."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.startswith((PARTIAL, REMOVED)))
+
+
+def data_files(checkpoint: Path) -> list[Path]:
+    """Every file of a checkpoint but the manifest, in a fixed order."""
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST)
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        sha = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": sha}
+
+
+def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
+    """Write the manifest and everything above it through to the disk."""
+    path = checkpoint / MANIFEST
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(fields, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_folder(checkpoint)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest's fields.
+
+    Raises:
+        ValueError: it is missing, unreadable or of an unknown format; the text says which.
+    """
+    try:
+        fields = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("has no manifest.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its manifest.json cannot be read ({error})") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError("its manifest.json is of another format")
+    return fields
+
+
+def damage(checkpoint: Path, files: Iterable[str], expected: dict[str, Any]) -> str | None:
+    """What is wrong with some files of a checkpoint, or None.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        files: names below it, a part of `expected`'s.
+        expected: size and SHA-256 by name, from the manifest.
+    """
+    for name in files:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected[name]["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected[name]['bytes']}"
+        if digest(path)["sha256"] != expected[name]["sha256"]:
+            return f"{name} does not have the content that was written"
+    return None
+
+
+def fsync_file(path: Path) -> None:
+    """Write a file through to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    """Write a folder's entries through to the disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,331 @@
+"""The words of the command line: subcommands in, exit code out. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ds_trainer import __version__
+from ds_trainer.errors import EXIT_DONE, EXIT_FAILED, ArgumentsError, DsTrainerError, LauncherError, RefusedError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ds_trainer.arguments.merge import Resolved
+    from ds_trainer.launch.commands import Commands
+    from ds_trainer.launch.detect import Launch
+    from ds_trainer.monitor.run_folder import RunFolder
+
+app = typer.Typer(
+    name="ds_trainer",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train and fine-tune language models with DeepSpeed.\n\n"
+    "A run file (YAML) says what to train, a DeepSpeed JSON how the engine works; `check` shows what both come to.\n\n"
+    "  torchrun --nproc-per-node 8 -m ds_trainer train --config run.yaml\n\n"
+    "  deepspeed --num_gpus 8 --module ds_trainer train --config run.yaml\n\n"
+    "  ds_trainer debug --config run.yaml",
+)
+
+Config = Annotated[Path, typer.Option("--config", help="The run file (YAML).", show_default=False)]
+DeepSpeedJson = Annotated[
+    Path | None, typer.Option("--deepspeed", help="A DeepSpeed JSON; replaces deepspeed.config of the run file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that overrule the files, as section.key=value.", metavar="[SECTION.KEY=VALUE]..."),
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="The same as section.key=value, as an option.")]
+
+
+class Precision(StrEnum):
+    """What an export can be written in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@app.callback()
+def _before_subcommand(
+    context: typer.Context,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    # The `deepspeed` launcher and torch.distributed.launch write --local_rank before the subcommand.
+    context.obj = local_rank
+    if version:
+        typer.echo(f"ds_trainer {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Sets = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", help="auto, never, or a checkpoint's folder; overrules checkpoint.resume.")
+    ] = None,
+) -> None:
+    """Train: started by `torchrun` or `deepspeed`, one process a device.
+
+    Continues from the newest complete checkpoint of the run folder by itself.
+    """
+    from ds_trainer.launch.detect import check_local_rank_argument, detect_launch
+
+    launch = detect_launch(dict(os.environ), commands=_commands())
+    check_local_rank_argument(launch, context.obj)
+    resolved = _resolve(config, deepspeed, overrides, sets, resume)
+
+    def story(folder: RunFolder, console: Console) -> str:
+        from ds_trainer.monitor.progress import Progress
+        from ds_trainer.train import train
+
+        state = train(resolved, launch, folder, Progress(console if launch.rank == 0 else None))
+        return (
+            f"done: {state.step} steps, {state.rows_consumed} rows. Everything is in {folder.path}; as a Hugging Face model:\n"
+            f"  ds_trainer export --run {folder.path} --to {folder.path / 'export'}"
+        )
+
+    raise typer.Exit(_run_in_folder(resolved, launch, story))
+
+
+@app.command()
+def debug(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Sets = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to run.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show, decoded, with the trained tokens marked.")] = 2,
+    pdb: Annotated[bool, typer.Option("--pdb", help="Open the debugger where an exception was raised.")] = False,
+) -> None:
+    """Run the first steps in this one process, without a launcher: for breakpoints in any line, or a quick look.
+
+    The engine is the same: real DeepSpeed, the configured ZeRO stage and offload. Nothing is saved.
+    """
+    resolved = _resolve(config, deepspeed, overrides, sets, "never")
+    launch = _single_process()
+
+    from ds_trainer.debug import debug
+    from ds_trainer.monitor import logs
+    from ds_trainer.monitor.run_folder import RunFolder
+
+    folder = RunFolder(Path(resolved.settings.checkpoint.folder) / "debug", 0)
+    folder.create()
+    logs.quiet_loggers(folder.log)
+    try:
+        debug(resolved, launch, folder, logs.terminal(), steps=steps, show_rows=rows)
+    except DsTrainerError:
+        if not pdb:
+            raise
+        _post_mortem()
+    except Exception:
+        from rich.console import Console
+
+        Console(stderr=True).print_exception(show_locals=False, extra_lines=1)
+        if pdb:
+            _post_mortem()
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+@app.command()
+def check(
+    config: Annotated[Path | None, typer.Option("--config", help="The run file (YAML).", show_default=False)] = None,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Sets = None,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Ranks to solve the batch arithmetic for.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the run file and exit.")] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Leave out what needs DeepSpeed: its own check of nested blocks.")
+    ] = False,
+) -> None:
+    """Show the settings in force, each with the file and line it comes from. Needs no launcher and no GPU."""
+    import json
+
+    if schema:
+        from ds_trainer.arguments.schema import RunSettings
+
+        typer.echo(json.dumps(RunSettings.model_json_schema(), indent=1))
+        return
+    if config is None:
+        raise RefusedError("check needs a run file: ds_trainer check --config run.yaml")
+    resolved = _resolve(config, deepspeed, overrides, sets, None)
+    if not static:
+        _validate_blocks(resolved)
+
+    from ds_trainer import check as story
+    from ds_trainer.launch.commands import visible_devices
+
+    device = "cuda" if visible_devices(os.environ) else "cpu"
+    if as_json:
+        typer.echo(json.dumps(story.as_json(resolved, world_size, device), indent=1))
+    else:
+        typer.echo(story.as_text(resolved, world_size, device))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write.", show_default=False)],
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Such as step_00000100; by default the newest complete one.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write base and adapter as one model.")] = False,
+    precision: Annotated[Precision | None, typer.Option("--precision", help="By default that of the run.")] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, on the CPU, and prove that it computes the same loss."""
+    from ds_trainer.monitor import logs
+
+    console = logs.terminal()
+    with logs.hushed():
+        from ds_trainer.export import export
+
+        export(
+            run,
+            to,
+            checkpoint=checkpoint,
+            merge=merge,
+            precision=precision.value if precision else None,
+            report=lambda line: console.print(line, markup=False),
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code. An error of the user's is printed without a traceback.
+
+    Raises:
+        SystemExit: typer's way to end a command; with code 2 when it does not understand the command line.
+    """
+    try:
+        app(args=argv, prog_name="ds_trainer")
+    except DsTrainerError as error:
+        if _speaks_up(error):
+            print(f"ds_trainer: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return EXIT_DONE
+
+
+def _speaks_up(error: DsTrainerError) -> bool:
+    """Print an error once, not once a rank.
+
+    What every rank reads in the same files they all refuse, and rank zero says so. Should only another rank have met it, the
+    launcher will not end that rank within the seconds it waits here, and it speaks for itself.
+    """
+    if isinstance(error, LauncherError):
+        from ds_trainer.launch.detect import prints_refusal
+
+        return prints_refusal(error, os.environ)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+    return True
+
+
+def _commands() -> Commands:
+    from ds_trainer.launch.commands import Commands, visible_devices
+
+    return Commands(arguments=tuple(sys.argv[1:]), device_count=visible_devices(os.environ))
+
+
+def _resolve(
+    config: Path, deepspeed: Path | None, overrides: list[str] | None, sets: list[str] | None, resume: str | None
+) -> Resolved:
+    from ds_trainer.arguments.merge import resolve
+
+    return resolve(config, deepspeed=deepspeed, overrides=[*(overrides or []), *(sets or [])], resume=resume)
+
+
+def _validate_blocks(resolved: Resolved) -> None:
+    """DeepSpeed's own check of its nested blocks, without the words it says when it is imported."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from ds_trainer.arguments.deepspeed_keys import validate_blocks
+    from ds_trainer.monitor.logs import hushed
+
+    with hushed():
+        problems = validate_blocks(resolved.deepspeed)
+    if problems:
+        raise ArgumentsError(problems)
+
+
+def _single_process() -> Launch:
+    """Make this process a world of one, whatever the shell left behind."""
+    import socket
+
+    from ds_trainer.launch.detect import single_process
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    single = single_process(dict(os.environ), port=port, commands=_commands())
+    for name in single.remove:
+        del os.environ[name]
+    os.environ.update(single.assign)
+    return single.launch
+
+
+def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any], str]) -> int:
+    """Run a story with its output in the run folder, and account there for how it ended."""
+    from ds_trainer.monitor import logs
+    from ds_trainer.monitor.run_folder import RunFolder
+
+    folder = RunFolder(Path(resolved.settings.checkpoint.folder), launch.rank)
+    folder.create()
+    console = logs.terminal()
+    if launch.rank == 0:
+        folder.clear_errors()
+    logs.to_log_file(folder.log)
+    commands = dataclasses.replace(_commands(), device_count=launch.local_world_size)
+    command = commands.deepspeed() if launch.launcher == "deepspeed" else commands.torchrun()
+    try:
+        last_word = story(folder, console)
+    except BaseException as error:
+        _account_for(error, folder, launch, console, command)
+    if launch.rank == 0:
+        folder.finish(EXIT_DONE, "done", command=command)
+        console.print(last_word, markup=False)
+    return EXIT_DONE
+
+
+def _account_for(error: BaseException, folder: RunFolder, launch: Launch, console: Console, command: str) -> None:
+    """Name the first failing rank and the cause in one block, and leave at once: the other ranks may wait for ever."""
+    code = error.exit_code if isinstance(error, DsTrainerError) else EXIT_FAILED
+    text = str(error) if isinstance(error, DsTrainerError) else f"{type(error).__name__}: {str(error)[:500]}"
+    if isinstance(error, KeyboardInterrupt):
+        code, text = 130, "interrupted"
+    if folder.record_error(error):
+        import socket
+
+        console.print(
+            f"\nds_trainer: rank {launch.rank} of {launch.world_size} on {socket.gethostname()} failed first:", markup=False
+        )
+        console.print(text, markup=False)
+        if not isinstance(error, RefusedError):
+            console.print(f"Traceback: {folder.path / 'errors'}. Log: {folder.log}.", markup=False)
+            console.print(
+                f"When the cause is mended, the run goes on from its newest checkpoint with\n  {command}", markup=False
+            )
+        folder.finish(code, text, command=command)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _post_mortem() -> None:
+    import pdb
+
+    pdb.post_mortem(sys.exc_info()[2])

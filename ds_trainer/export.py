@@ -1,0 +1,200 @@
+"""The story of an export: a checkpoint of any stage becomes a Hugging Face folder, and proves that it computes the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_trainer.arguments.constraints import DTYPES
+from ds_trainer.arguments.schema import RunSettings
+from ds_trainer.checkpoint import layout, manager
+from ds_trainer.checkpoint.manager import Found
+from ds_trainer.data.loader import evaluation_batches
+from ds_trainer.data.prepare import prepare_rows
+from ds_trainer.data.render import effective_chat_template
+from ds_trainer.engine.consolidate import consolidated
+from ds_trainer.errors import CheckpointError, ModelError, RefusedError
+from ds_trainer.model import attention, load
+from ds_trainer.model.adapter import add_lora
+from ds_trainer.model.tokenizer import load_tokenizer
+from ds_trainer.objectives.chunked_head import plain_nll_sum
+from ds_trainer.protocols import MicroBatch
+from ds_trainer.train import PROBE_ROWS
+
+Report = Callable[[str], None]
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
+"""How far the loss of the reloaded model may be from the training engine's, relative to it, by the export's precision."""
+
+
+def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precision: str | None, report: Report) -> None:
+    """Write the model of a checkpoint as a Hugging Face folder, reload it, and compare its loss with the training engine's.
+
+    Args:
+        run: the run folder.
+        to: the folder to write; it must not exist.
+        checkpoint: which one; by default the newest that is complete.
+        merge: write base and adapter as one model instead of an adapter folder.
+        precision: `fp32`, `bf16` or `fp16`; by default that of the run.
+        report: takes a line for the user.
+
+    Raises:
+        RefusedError: no such run or checkpoint, or the folder exists.
+        CheckpointError: the reloaded model does not compute what the training engine did; nothing is left at `to`.
+    """
+    found = choose(run, checkpoint, report)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RefusedError(f"--to {to}: exists and is not empty. Remove it, or write for example --to {to}-2.")
+    settings = RunSettings.model_validate(found.manifest["settings"])
+    if merge and settings.adapter is None:
+        raise RefusedError(f"{run} trained all weights: there is no adapter to merge. Leave --merge out.")
+    precision = precision or settings.train.precision
+    report(f"exporting {found.path} (step {found.manifest['step']}) in {precision}")
+
+    tokenizer = load_tokenizer(settings.model)
+    model = rebuild(found, settings, tokenizer)
+    if merge:
+        model = model.merge_and_unload()
+    model = model.to(getattr(torch, DTYPES[precision]))
+    partial = to.parent / f".partial-{to.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write(model, tokenizer, settings, partial, precision)
+        del model
+        reloaded = reload(partial, settings, adapter=settings.adapter is not None and not merge, precision=precision)
+        verify(reloaded, tokenizer, found, settings, precision, report)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"--to {to}: could not be written ({error.strerror}: {error.filename}).") from None
+        raise
+    if to.exists():
+        to.rmdir()
+    partial.rename(to)
+    kind = "adapter" if settings.adapter and not merge else "model"
+    report(f"the {kind} is in {to}; its loss on {PROBE_ROWS} rows is the training engine's")
+
+
+def choose(run: Path, checkpoint: str | None, report: Report) -> Found:
+    """Find the checkpoint to export, by name or the newest one.
+
+    Raises:
+        RefusedError: the run or the checkpoint does not exist.
+    """
+    folder = run / "checkpoints"
+    complete = layout.complete_checkpoints(folder)
+    if not complete:
+        raise RefusedError(
+            f"--run {run}: holds no complete checkpoint ({folder.absolute()}). "
+            "Name the folder that checkpoint.folder of the run file says."
+        )
+    names = ", ".join(path.name for path in complete)
+    if checkpoint is not None and checkpoint not in [path.name for path in complete]:
+        raise RefusedError(f"--checkpoint {checkpoint}: no such checkpoint in {folder}. There are {names}.")
+    found = manager.find(folder, str(folder / checkpoint) if checkpoint else "auto", report, has_history=True)
+    assert found is not None  # has_history makes an unusable folder an error
+    return found
+
+
+def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
+    """The trained model on the CPU in fp32, every weight from the checkpoint or the frozen base.
+
+    Raises:
+        ModelError: weights are missing in the checkpoint, or do not fit.
+    """
+    trained = consolidated(found.path.parent, found.path.name, excluded_frozen=settings.adapter is not None)
+    config = load.load_config(settings.model)
+    if settings.adapter is None:
+        model: Any = load.build_model(
+            config, precision="fp32", attention="sdpa", trust_remote_code=settings.model.trust_remote_code
+        )
+    else:
+        model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa")
+    load.finish_model(
+        model,
+        tokens=len(tokenizer),
+        resize=settings.model.resize_vocabulary,
+        gradient_checkpointing=False,
+        seed=settings.train.seed,
+    )
+    if settings.adapter is not None:
+        model = add_lora(model, settings.adapter.lora, settings.train.seed)
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    empty = [name for name in wanted & trained.keys() if trained[name].numel() == 0]
+    if missing := sorted(wanted - trained.keys()) + empty:
+        raise ModelError(f"{found.path}: {len(missing)} trained weights are missing, for example {missing[0]}.")
+    model.load_state_dict(trained, strict=False)
+    model.config.use_cache = True
+    return model.eval()
+
+
+def write(model: Any, tokenizer: Any, settings: RunSettings, folder: Path, precision: str) -> None:
+    """Write weights, config and tokenizer, with the chat template that was trained on."""
+    folder.mkdir(parents=True)
+    if settings.train.stage == "sft":
+        tokenizer.chat_template = effective_chat_template(tokenizer, settings.data.chat_template)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        model.config.dtype = DTYPES[precision]
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def reload(folder: Path, settings: RunSettings, *, adapter: bool, precision: str) -> Any:
+    """Load what was written as any user of transformers would."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, DTYPES[precision]),
+        "trust_remote_code": settings.model.trust_remote_code,
+    }
+    if not adapter:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(settings.model.path, revision=settings.model.revision, **options)
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, precision: str, report: Report) -> None:
+    """Compare the reloaded model's loss with the one the training engine wrote into the checkpoint.
+
+    Raises:
+        CheckpointError: they differ by more than rounding.
+    """
+    rows = prepare_rows(
+        settings.data,
+        (settings.evaluate or settings.data).sources,
+        settings.train.stage,
+        tokenizer,
+        seq_len=settings.data.seq_len,
+        cache_folder=Path(settings.data.cache_folder or Path(settings.checkpoint.folder).parent / "data_cache"),
+        report=lambda line: None,
+    )
+    total, count = 0.0, 0
+    for batch in evaluation_batches(rows, micro_batch_size=1, rank=0, data_parallel_size=1, max_rows=PROBE_ROWS):
+        nll, targets = plain_loss(model, batch)
+        total, count = total + nll, count + targets
+    probe = found.manifest["probe"]
+    ours, theirs = total / count, probe["loss"]
+    report(f"loss on {probe['rows']} rows: {theirs:.6f} in the training engine, {ours:.6f} reloaded with transformers")
+    if count != probe["num_targets"]:
+        report(f"not compared: the data has changed since the checkpoint ({probe['num_targets']} targets then, {count} now)")
+    elif not abs(ours - theirs) <= TOLERANCE[precision] * abs(theirs):
+        raise CheckpointError(
+            f"the exported model computes a loss of {ours:.6f} where the training engine computed {theirs:.6f}. "
+            "Nothing was kept. Was the base model or a file of the checkpoint changed?"
+        )
+
+
+@torch.no_grad()
+def plain_loss(model: Any, batch: MicroBatch) -> tuple[float, int]:
+    """Sum of the loss over a batch's targets and their number, through the logits of an ordinary model."""
+    arranged = attention.arrange(batch, "sdpa", torch.device("cpu"))
+    logits = model(**arranged.inputs).logits.flatten(0, 1)
+    return float(plain_nll_sum(logits[arranged.target_positions], arranged.targets)), arranged.num_targets

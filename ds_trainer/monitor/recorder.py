@@ -1,0 +1,119 @@
+"""What is measured of a run: sums on the device at every step, numbers and lines on the log steps only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_trainer import comm
+from ds_trainer.monitor.metrics import perplexity, remaining_seconds
+from ds_trainer.monitor.progress import Progress
+from ds_trainer.monitor.run_folder import RunFolder, Stopwatch, peak_memory_gib
+
+Events = list[tuple[str, float, int]]
+
+
+class Recorder:
+    """Collects the steps since the last log line, and writes that line when it is due. Collective on log steps."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        progress: Progress,
+        *,
+        every_steps: int,
+        max_steps: int,
+        device: torch.device,
+        write_events: Callable[[Events], None],
+    ) -> None:
+        self.folder = folder
+        self.progress = progress
+        self.every_steps = every_steps
+        self.max_steps = max_steps
+        self.device = device
+        self.write_events = write_events
+        self.last_loss: float | None = None
+        self.skipped = 0
+        self._watch = Stopwatch()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: list[Tensor] = []
+        self._tokens = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def step(self, *, step: int, loss: Tensor, num_tokens: int, num_targets: Tensor, outcome: Any) -> None:
+        """Take one optimizer step in. Collective when the step is a log step.
+
+        Args:
+            step: optimizer steps that are complete now.
+            loss: this rank's share of the loss of the step, on the device.
+            num_tokens: tokens this rank fed.
+            num_targets: targets over all ranks, on the device.
+            outcome: what the engine's `end_step` returned.
+        """
+        self._losses.append(loss)
+        self._tokens[0] += num_tokens
+        self._tokens[1] += num_targets / comm.world_size()
+        self.skipped += not outcome.applied
+        due = step % self.every_steps == 0 or step == self.max_steps or step == 1
+        if due:
+            self._log(step, outcome)
+        elif self.progress.live:
+            self.progress.move(step)
+
+    def _log(self, step: int, outcome: Any) -> None:
+        shares = torch.stack(self._losses).to(torch.float64)
+        sums = comm.sum_over_ranks(torch.cat([shares, self._tokens])).tolist()
+        *losses, tokens, targets = sums
+        # After the collective, so that it holds the wait for the device and for slower ranks too.
+        seconds = self._watch.lap()
+        per_step = [own / len(losses) for own in comm.gather_objects(seconds)]
+        self.last_loss = losses[-1]
+        grad_norm = outcome.grad_norm
+        fields: dict[str, Any] = {
+            "step": step,
+            "loss": losses[-1],
+            "loss_mean": sum(losses) / len(losses),
+            "learning_rate": outcome.learning_rate,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "tokens_per_second": tokens / seconds,
+            "targets_per_second": targets / seconds,
+            "step_seconds": max(per_step),
+            "step_seconds_fastest_rank": min(per_step),
+            "peak_memory_gib": max(comm.gather_objects(peak_memory_gib(self.device.type))),
+            "loss_scale": outcome.loss_scale,
+            "skipped_steps": self.skipped,
+        }
+        if comm.rank() == 0:
+            self.folder.metric(fields)
+            left = remaining_seconds(self.max_steps - step, max(per_step))
+            self.progress.line(step, fields, left)
+            names = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+            self.write_events([(f"train/{name}", fields[name], step) for name in names if fields[name] is not None])
+        self._reset()
+
+    def evaluation(self, *, step: int, loss: float, num_targets: int) -> None:
+        """Take the result of an evaluation in; the same numbers on every rank."""
+        if comm.rank() == 0:
+            fields = {
+                "step": step,
+                "evaluate_loss": loss,
+                "evaluate_perplexity": perplexity(loss),
+                "evaluate_targets": num_targets,
+            }
+            self.folder.metric(fields)
+            self.progress.say(
+                f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f} ({num_targets} targets)"
+            )
+            self.write_events([("evaluate/loss", loss, step)])
+        self._watch.lap()
+
+    def saved(self, *, step: int, path: str) -> None:
+        """Take a complete checkpoint in."""
+        seconds = self._watch.lap()
+        if comm.rank() == 0:
+            self.folder.event("saved", step=step, path=path, seconds=round(seconds, 3))
+            self.progress.say(f"step {step}: saved {path}")

@@ -1,0 +1,178 @@
+"""The run folder: what was asked, what is in force, what happened, how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ds_trainer import __version__
+from ds_trainer.errors import CheckpointError, RefusedError
+
+
+class RunFolder:
+    """Paths and small files of one run. Only rank zero writes, except logs and errors, which have one file a rank."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path = path
+        self.rank = rank
+
+    @property
+    def checkpoints(self) -> Path:
+        """Complete checkpoints, and `latest`."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What this rank and its libraries print."""
+        return self.path / "logs" / f"rank_{self.rank:05d}.log"
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written. Every rank.
+
+        Raises:
+            RefusedError: it cannot.
+        """
+        try:
+            for folder in (self.path, self.log.parent, self.path / "errors"):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable-{socket.gethostname()}-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RefusedError(
+                f"checkpoint.folder = {self.path}: cannot be written ({error.strerror}: {error.filename}). "
+                "Set checkpoint.folder to a folder you can write to."
+            ) from None
+
+    def write_json(self, name: str, fields: Any) -> None:
+        """Write a JSON file whole or not at all. Rank zero's business.
+
+        Raises:
+            CheckpointError: the disk is full or the folder is gone.
+        """
+        target, temporary = self.path / name, self.path / f".{name}"
+        try:
+            temporary.write_text(json.dumps(fields, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+            temporary.replace(target)
+        except OSError as error:
+            raise CheckpointError(f"{target} could not be written ({error.strerror}).") from None
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append a line to events.jsonl."""
+        self._append("events.jsonl", {"time": now(), "event": kind, **fields})
+
+    def metric(self, fields: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        self._append(self.metrics.name, fields)
+
+    def _append(self, name: str, fields: dict[str, Any]) -> None:
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name} could not be written ({error.strerror}).") from None
+
+    def clear_errors(self) -> None:
+        """Forget the errors of an earlier start. Rank zero's business, before the ranks meet."""
+        for path in (self.path / "errors").glob("*.txt"):
+            path.unlink(missing_ok=True)
+
+    def record_error(self, error: BaseException) -> bool:
+        """Write this rank's traceback; any rank may call it alone.
+
+        Returns:
+            Whether this rank is the first to fail: the others most likely fail because of it.
+        """
+        folder = self.path / "errors"
+        text = "".join(traceback.format_exception(error))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank_{self.rank:05d}.txt").write_text(f"{now()} on {socket.gethostname()}\n{text}", encoding="utf-8")
+            # Only one rank can create it: the file system decides who was first.
+            with (folder / "first_failure.txt").open("x", encoding="utf-8") as marker:
+                marker.write(f"rank_{self.rank:05d}.txt\n")
+            return True
+        except FileExistsError:
+            return False
+        except OSError:
+            return True  # the disk is full, say: then rather twice on the terminal than never
+
+    def finish(self, code: int, reason: str, *, command: str) -> None:
+        """Say in exit.json how this start ended, since torchrun answers 1 whatever its workers said."""
+        with contextlib.suppress(CheckpointError):  # the disk is full; the reason is on the terminal
+            self.write_json("exit.json", {"time": now(), "code": code, "reason": reason, "continue": command})
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def environment(extra: dict[str, Any]) -> dict[str, Any]:
+    """Versions, host and devices of this start."""
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+    cuda = torch.cuda.is_available()
+    return {
+        "time": now(),
+        "ds_trainer": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda,
+        "argv": sys.argv,
+        **extra,
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def peak_memory_gib(device_type: str) -> float:
+    """The most this process has held: allocated memory of its GPU, or resident memory on a CPU, in GiB."""
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+class Stopwatch:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since the start."""
+        previous, self._last = self._last, time.monotonic()
+        return self._last - previous
