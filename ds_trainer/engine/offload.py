@@ -47,14 +47,15 @@ def build_op(name: str, report: Callable[[str], None]) -> None:
     folder = _build_folder(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        built = any(folder.glob("*.so"))
+        if not built:
+            # Every rank says so before it waits for the one that builds: only rank zero's words are shown.
+            _require_tools(name, builder)
+            report(f"building DeepSpeed's op {name} for {_NEEDED_BY[name]}; this takes some minutes and happens once")
         with open(folder.parent / f"{name}.ds_trainer.lock", "w") as lock:
             # The kernel releases this lock with its owner, so unlike torch's it cannot go stale.
             fcntl.flock(lock, fcntl.LOCK_EX)
             _remove_stale_lock(folder, report)
-            built = any(folder.glob("*.so"))
-            if not built:
-                _require_tools(name, builder)
-                report(f"building DeepSpeed's op {name} for {_NEEDED_BY[name]}; this takes some minutes and happens once")
             started = time.monotonic()
             builder.load(verbose=False)
             if not built:
