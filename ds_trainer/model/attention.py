@@ -33,10 +33,10 @@ def choose_attention(asked: str, config: Any, device_type: str, precision: str) 
     if asked != "auto":
         return asked
     text = config.get_text_config()
-    special = ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
-    has_sinks = getattr(text, "model_type", "") == "gpt_oss"
-    if any(getattr(text, name, None) for name in special) or has_sinks:
-        return "sdpa"  # these change which pairs attend, or how: transformers' own masks know them
+    if getattr(text, "attn_logit_softcapping", None) or text.model_type == "gpt_oss":
+        return "eager"  # scores that are capped, or share their softmax with a sink: transformers has no sdpa for them
+    if getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None):
+        return "sdpa"  # transformers' own masks know which pairs attend
     if device_type == "cuda" and precision != "fp32" and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     return DOCUMENTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ def plain_update() -> dict[str, torch.Tensor]:
     decay = [each for each in model.parameters() if each.ndim >= 2]
     keep = [each for each in model.parameters() if each.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}], lr=0.01, betas=(0.9, 0.95), eps=worker.EPS
+        [{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        eps=worker.EPS,
     )
     losses = []
     for step in range(worker.STEPS):
@@ -31,7 +35,7 @@ def plain_update() -> dict[str, torch.Tensor]:
         for index in range(worker.ROWS):
             row = worker.row(step, index)
             ends = [*(row["position_ids"] == 0).nonzero().flatten().tolist(), worker.POSITIONS]
-            for start, end in zip(ends, ends[1:], strict=False):
+            for start, end in itertools.pairwise(ends):
                 labels = row["labels"][start:end]
                 if (labels != -100).any():
                     logits = model(input_ids=row["input_ids"][None, start:end], use_cache=False).logits[0]

@@ -1,0 +1,64 @@
+"""Decay where it belongs, and op builds that explain themselves."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from ds_trainer.engine import offload
+from ds_trainer.engine.optim import parameter_groups
+from ds_trainer.errors import BuildError, ModelError
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    decay, keep = parameter_groups(model, 0.1)
+    assert (decay["weight_decay"], keep["weight_decay"]) == (0.1, 0.0)
+    assert [each.ndim for each in decay["params"]] == [2, 2]
+    assert [each.ndim for each in keep["params"]] == [1, 1, 1]
+
+
+def test_a_sharded_matrix_is_still_a_matrix():
+    model = nn.Linear(4, 4)
+    model.weight.ds_shape = model.weight.shape
+    model.weight.data = torch.empty(0)
+    (decay, _) = parameter_groups(model, 0.1)
+    assert decay["params"][0] is model.weight
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ModelError, match="no parameter of the model is trainable"):
+        parameter_groups(model, 0.1)
+
+
+def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(offload.shutil, "which", lambda name: None)
+    with pytest.raises(BuildError, match=r"needs a C\+\+ compiler.*apt-get install g\+\+.*torch_adam"):
+        offload.build_op("cpu_adam", print)
+
+
+def test_a_lock_of_a_dead_build_is_removed_and_told(tmp_path):
+    lock = tmp_path / "lock"
+    lock.touch()
+    told: list[str] = []
+    offload._remove_stale_lock(tmp_path, told.append)
+    assert not lock.exists()
+    assert "removed a build lock" in told[0]
+
+
+def test_a_lock_of_a_living_build_is_left_alone(tmp_path, monkeypatch):
+    lock = tmp_path / "lock"
+    lock.touch()
+    monkeypatch.chdir(tmp_path)  # this process now looks like a compiler at work there
+    offload._remove_stale_lock(tmp_path, print)
+    assert lock.exists()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    offload._remove_stale_lock(tmp_path, print)
+    assert not lock.exists()
