@@ -51,8 +51,8 @@ def update_parity() -> Iterator[str]:
     yield "## The update is that of one plain torch process"
     yield ""
     yield (
-        "Three steps on ragged packed rows (2 to 17 targets a row), fp32, AdamW, clipping on; largest difference of any weight "
-        "and of any loss from one process that feeds each document alone through transformers' own loss and steps torch's AdamW."
+        "Three steps on ragged packed rows, fp32, AdamW, clipping on; largest difference of any weight and of any loss from "
+        "one process that feeds each document alone through transformers' own logits and steps torch's AdamW."
     )
     yield ""
     yield "| ZeRO stage | ranks | accumulation | weights | losses |"
@@ -97,12 +97,13 @@ def loading_memory() -> Iterator[str]:
     yield "## Under ZeRO-3 no rank holds the whole model"
     yield ""
     yield (
-        f"A model of {whole:.0f} MiB on two ranks, so {whole / 2:.0f} MiB a rank; highest private memory above the start while it "
-        "is constructed and its weights are loaded or drawn."
+        f"A model of {whole:.0f} MiB on two ranks, so {whole / 2:.0f} MiB a rank: the most a rank holds above the start while "
+        "the model is constructed and its weights are loaded or drawn, and the pages of the files it has mapped beside that "
+        "(the system drops those when it needs memory)."
     )
     yield ""
-    yield "| weights | rank 0 | rank 1 |"
-    yield "|---|---|---|"
+    yield "| weights | rank 0 | rank 1 | mapped by rank 0 | mapped by rank 1 |"
+    yield "|---|---|---|---|---|"
     names = {
         "sharded": "from safetensors, each rank its slices (ours)",
         "scratch": "initial weights (ours)",
@@ -110,8 +111,9 @@ def loading_memory() -> Iterator[str]:
     }
     for how, words in names.items():
         torchrun(2, str(WORKER), how, str(folder / "model"), str(folder))
-        peaks = [json.loads((folder / f"{how}_rank{rank}.json").read_text())["peak_bytes"] / MIB for rank in (0, 1)]
-        yield f"| {words} | {peaks[0]:.0f} MiB | {peaks[1]:.0f} MiB |"
+        ranks = [json.loads((folder / f"{how}_rank{rank}.json").read_text()) for rank in (0, 1)]
+        figures = [rank[name] / MIB for name in ("private_bytes", "mapped_bytes") for rank in ranks]
+        yield f"| {words} | " + " | ".join(f"{figure:.0f} MiB" for figure in figures) + " |"
 
 
 def resume(offload: bool) -> Iterator[str]:
@@ -141,8 +143,8 @@ def resume(offload: bool) -> Iterator[str]:
     yield "## A resumed run is the uninterrupted run"
     yield ""
     yield (
-        "Two ranks, fp32, six steps; again from the checkpoint after three. Equal means: the losses of steps 4 to 6 as bits, and "
-        "every tensor of the last checkpoint (weights, optimizer states, scheduler) byte for byte."
+        "Two ranks, fp32, six steps; again from the checkpoint after three. Equal means: the losses of steps 4 to 6 as bits, "
+        "and every tensor of the last checkpoint (weights, optimizer states, scheduler) byte for byte."
     )
     yield ""
     yield "| run | losses | tensors of the checkpoint |"

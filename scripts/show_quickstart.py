@@ -41,7 +41,7 @@ Everything is in {out}: corpus/, pretrain/ and sft/ with metrics.jsonl, checkpoi
 Try next:
   source .venv/bin/activate
   ds_trainer check --config examples/quickstart_sft.yaml                       the settings in force, each with its origin
-  ds_trainer debug --config examples/quickstart_sft.yaml                       one process, for breakpoints; shows what is trained
+  ds_trainer debug --config examples/quickstart_sft.yaml                       one process, for breakpoints
   torchrun --nproc-per-node 2 -m ds_trainer train --config examples/quickstart_sft.yaml \\
       --deepspeed ds_configs/zero2.json checkpoint.folder=out/quickstart/sft-zero2    another engine for the same run"""
     )

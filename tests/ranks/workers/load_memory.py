@@ -1,4 +1,4 @@
-"""Peak private memory per rank while a model is constructed and its weights are loaded under ZeRO-3: run by torchrun.
+"""Peak memory per rank while a model is constructed and its weights are loaded under ZeRO-3: run by torchrun.
 
 Arguments: `sharded` (our loader), `transformers` (its own) or `scratch` (initial weights), model folder, output folder.
 """
@@ -22,10 +22,11 @@ from ds_trainer.engine.build import gather, prepare_deepspeed, sharded_construct
 from ds_trainer.model import load
 
 
-def private_bytes() -> int:
-    """Memory of this process that no file backs: pages of a mapped safetensors file can be dropped at any time."""
+def resident_bytes() -> tuple[int, int]:
+    """Memory of this process that no file backs, and pages of mapped files that it has read."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
+    return sizes["RssAnon"], sizes["RssFile"]
 
 
 def main() -> None:
@@ -38,12 +39,14 @@ def main() -> None:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     section = ModelSection(path=folder)
-    peak, done = 0, threading.Event()
+    private = mapped = 0
+    done = threading.Event()
 
     def watch() -> None:
-        nonlocal peak
+        nonlocal private, mapped
         while not done.is_set():
-            peak = max(peak, private_bytes())
+            now = resident_bytes()
+            private, mapped = max(private, now[0]), max(mapped, now[1])
             time.sleep(0.002)
 
     with comm.process_group(device, rank=rank, world_size=ranks, timeout_seconds=60):
@@ -51,7 +54,7 @@ def main() -> None:
         from transformers import AutoModelForCausalLM  # noqa: F401
 
         model_config = load.load_config(section)
-        before = private_bytes()
+        before = resident_bytes()
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         with sharded_construction(config):
@@ -72,7 +75,12 @@ def main() -> None:
         for name, parameter in model.named_parameters():
             with gather([parameter]):
                 digests[name] = hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
-    fields = {"peak_bytes": peak - before, "held_bytes": held, "digests": digests}
+    fields = {
+        "private_bytes": private - before[0],
+        "mapped_bytes": mapped - before[1],
+        "held_bytes": held,
+        "digests": digests,
+    }
     (out / f"{how}_rank{rank}.json").write_text(json.dumps(fields))
 
 
