@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,5 +66,5 @@ def _aligned(rows: Iterable[Row]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = value if isinstance(value, str) else "-" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 48 else text[:45] + "..."

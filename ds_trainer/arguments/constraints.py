@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ds_trainer.arguments.deepspeed_keys import SCHEDULES
+from ds_trainer.arguments.deepspeed_keys import OPTIMIZER_PARAMS, SCHEDULER_PARAMS, SCHEDULES, show
 from ds_trainer.arguments.schema import RunSettings
-from ds_trainer.arguments.sources import Located
+from ds_trainer.arguments.sources import DEFAULT, Located
 from ds_trainer.errors import Problem
 
 DEFAULT_STAGE = 2
@@ -38,11 +38,18 @@ class View:
     @property
     def stage(self) -> Any:
         """The ZeRO stage in force."""
-        return self.ds("zero_optimization.stage", DEFAULT_STAGE if self.ds("zero_optimization") is None else 0)
+        return self.ds("zero_optimization.stage", DEFAULT_STAGE)
+
+    @property
+    def schedule_block(self) -> str | None:
+        """The schedule that DeepSpeed builds from a block `scheduler`, or None when it is ours."""
+        kind = self.ds("scheduler.type")
+        return None if kind is None else str(kind)
 
     def has(self, path: str) -> bool:
         """Whether somebody wrote this setting; `deepspeed.` in front means a DeepSpeed key."""
-        return self.find(path) is not None
+        node = self.find(path)
+        return node is not None and node.value is not None
 
     def find(self, path: str) -> Located | None:
         """The node of a setting, in the language its name belongs to."""
@@ -64,11 +71,12 @@ class Constraint:
 
 
 _ZERO = "deepspeed.zero_optimization"
+_TOTAL_STEPS = "deepspeed.scheduler.params.total_num_steps"
 _DS_SOURCE = "DeepSpeed 0.19.8"
 
 
 def _device(view: View, what: str) -> Any:
-    return view.ds(f"zero_optimization.{what}.device", "none")
+    return view.ds(f"zero_optimization.{what}.device") or "none"
 
 
 def _optimizer_type(view: View) -> str:
@@ -84,20 +92,30 @@ def _only_stage_3() -> Iterable[Constraint]:
         "stage3_max_reuse_distance",
         "stage3_gather_16bit_weights_on_model_save",
         "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
         "sub_group_size",
         "zero_hpz_partition_size",
         "zero_quantized_weights",
         "zero_quantized_gradients",
         "zero_quantized_nontrainable_weights",
         "leaf_module",
+        "save_muon_momentum_buffer_in_memory",
+        "enable_sanity_checks",
+        "log_trace_cache_warnings",
+        "override_module_apply",
+        "memory_efficient_linear",
+        "offload_optimizer.super_offload",
+        "offload_optimizer.cpuadam_cores_perc",
     )
-    for key in keys:
+    # DeepSpeed takes a key that begins with stage3_ without that beginning too.
+    for key in (*keys, *(key.removeprefix("stage3_") for key in keys if key.startswith("stage3_"))):
         path = f"{_ZERO}.{key}"
         yield Constraint(
             f"{key}_needs_stage_3",
             path,
             lambda v, path=path: v.has(path) and v.stage in (0, 1, 2),  # type: ignore[misc]
-            f"`{key}` has an effect at ZeRO stage 3 only, and the stage is {{stage}}. Remove it, or set "
+            f"`{key}` has an effect at ZeRO stage 3 only, and the stage is {{zero_stage}}. Remove it, or set "
             "zero_optimization.stage to 3.",
             f"{_DS_SOURCE} runtime/engine.py hands it to stage 3 only",
         )
@@ -175,17 +193,27 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(
         "max_steps_for_total_num_steps",
         "deepspeed.scheduler",
-        lambda v: v.ds("scheduler.params.total_num_steps") == "auto" and v.settings.train.max_steps is None,
-        'scheduler.params.total_num_steps is "auto", and the run file says epochs. Set train.max_steps, or remove the '
-        "block `scheduler`: train.schedule needs no number of steps.",
+        lambda v: (
+            v.settings.train.max_steps is None
+            and ("total_num_steps" in SCHEDULER_PARAMS.get(str(v.schedule_block), ()) or v.has(_TOTAL_STEPS))
+        ),
+        "scheduler.type = {schedule_block} needs the number of steps, and the run is measured in epochs. Set train.max_steps, "
+        "or remove the block `scheduler`: train.schedule needs no number of steps.",
         f"{_DS_SOURCE} runtime/lr_schedules.py needs the number before the data is known",
     ),
     # ZeRO and offload.
     Constraint(
+        "stage_is_named",
+        _ZERO,
+        lambda v: v.has(_ZERO) and not v.has(f"{_ZERO}.stage"),
+        'zero_optimization has no stage, and DeepSpeed would take 0. Add "stage": 2 (or 1, or 3).',
+        f"{_DS_SOURCE} runtime/zero/config.py: the default is 0",
+    ),
+    Constraint(
         "stage_is_1_2_3",
         f"{_ZERO}.stage",
         lambda v: v.stage not in (1, 2, 3) or isinstance(v.stage, bool),
-        "zero_optimization.stage = {stage}; it must be 1, 2 or 3 (stage 1 computes what stage 0 does, in less memory).",
+        "zero_optimization.stage = {zero_stage}; it must be 1, 2 or 3 (stage 1 computes what stage 0 does, in less memory).",
         "architecture: ZeRO 1, 2, 3",
     ),
     Constraint(
@@ -199,7 +227,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "offload_param_needs_stage_3",
         f"{_ZERO}.offload_param",
         lambda v: _device(v, "offload_param") != "none" and v.stage in (0, 1, 2),
-        "offload_param is ignored by DeepSpeed at ZeRO stage {stage}: only stage 3 splits the parameters. "
+        "offload_param is ignored by DeepSpeed at ZeRO stage {zero_stage}: only stage 3 splits the parameters. "
         "Set zero_optimization.stage to 3, or remove the block.",
         f"{_DS_SOURCE} runtime/engine.py: read for stage 3 only",
     ),
@@ -207,7 +235,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "nvme_optimizer_needs_stage_3",
         f"{_ZERO}.offload_optimizer.device",
         lambda v: _device(v, "offload_optimizer") == "nvme" and v.stage in (0, 1, 2),
-        "offload_optimizer to nvme acts like cpu at ZeRO stage {stage}. Write cpu, or set zero_optimization.stage to 3.",
+        "offload_optimizer to nvme acts like cpu at ZeRO stage {zero_stage}. Write cpu, or set zero_optimization.stage to 3.",
         f"{_DS_SOURCE} runtime/zero/stage_1_and_2.py: any device but none means cpu",
     ),
     *(
@@ -229,7 +257,14 @@ CONSTRAINTS: tuple[Constraint, ...] = (
             f"`{key}` is ignored at ZeRO stage 3. Remove it.",
             f"{_DS_SOURCE} runtime/engine.py hands it to stages 1 and 2 only",
         )
-        for key in ("round_robin_gradients", "ignore_unused_parameters")
+        for key in (
+            "round_robin_gradients",
+            "ignore_unused_parameters",
+            "allgather_bucket_size",
+            "allgather_partitions",
+            "use_multi_rank_bucket_allreduce",
+            "parameter_alignment",
+        )
     ),
     Constraint(
         "partial_offload_needs_stage_3",
@@ -239,7 +274,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
             and v.ds("zero_optimization.offload_optimizer.ratio") < 1
             and v.stage in (0, 1, 2)
         ),
-        "offload_optimizer.ratio below 1 works at ZeRO stage 3 only, and the stage is {stage}. Remove it.",
+        "offload_optimizer.ratio below 1 works at ZeRO stage 3 only, and the stage is {zero_stage}. Remove it.",
         f"{_DS_SOURCE} runtime/engine.py asserts it",
     ),
     Constraint(
@@ -265,13 +300,53 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "docs/design/exact-loss.md",
     ),
     Constraint(
-        "communication_data_type_name",
-        "deepspeed.communication_data_type",
-        lambda v: (
-            v.has("deepspeed.communication_data_type") and v.ds("communication_data_type") not in ("fp32", "fp16", "bf16")
-        ),
-        "communication_data_type must be fp32, fp16 or bf16.",
-        f"{_DS_SOURCE} runtime/config.py get_communication_data_type",
+        "no_prescale",
+        "deepspeed.prescale_gradients",
+        lambda v: v.ds("prescale_gradients") is True,
+        "prescale_gradients must be false: the loss of a step is scaled for a plain mean over the ranks. Remove the key.",
+        f"{_DS_SOURCE} runtime/zero/stage3.py and stage_1_and_2.py assert it where gradients are reduced by scattering",
+    ),
+    Constraint(
+        "no_predivide",
+        "deepspeed.gradient_predivide_factor",
+        lambda v: v.ds("gradient_predivide_factor", 1) != 1,
+        "gradient_predivide_factor must be 1: the loss of a step is scaled for a plain mean over the ranks. Remove the key.",
+        f"{_DS_SOURCE} runtime/zero/stage3.py and stage_1_and_2.py assert it where gradients are reduced by scattering",
+    ),
+    Constraint(
+        "grad_norm_is_computed",
+        f"{_ZERO}.compute_grad_norm",
+        lambda v: v.ds("zero_optimization.compute_grad_norm") is False,
+        "compute_grad_norm: false leaves nothing to clip and nothing to log. Remove the key.",
+        f"{_DS_SOURCE} runtime/zero/stage_1_and_2.py raises beside gradient_clipping; at stage 3 always",
+    ),
+    *(
+        Constraint(
+            f"{key.rpartition('.')[2]}_name",
+            f"deepspeed.{key}",
+            lambda v, key=key: v.has(f"deepspeed.{key}") and v.ds(key) not in ("fp32", "fp16", "bf16"),  # type: ignore[misc]
+            f"{key} must be fp32, fp16 or bf16.",
+            source,
+        )
+        for key, source in (
+            ("communication_data_type", f"{_DS_SOURCE} runtime/config.py get_communication_data_type"),
+            ("data_types.grad_accum_dtype", f"{_DS_SOURCE} runtime/config.py DtypeEnum, when the engine is built"),
+            ("data_types.buffer_dtype", f"{_DS_SOURCE} runtime/config.py DtypeEnum, when the engine is built"),
+        )
+    ),
+    Constraint(
+        "param_dtype_is_precision",
+        "deepspeed.data_types.param_dtype",
+        lambda v: v.has("deepspeed.data_types.param_dtype") and v.ds("data_types.param_dtype") != v.settings.train.precision,
+        "data_types.param_dtype must be the precision of the run, {precision}. Remove it.",
+        f"{_DS_SOURCE} runtime/engine.py asserts it",
+    ),
+    Constraint(
+        "tag_validation_name",
+        "deepspeed.checkpoint.tag_validation",
+        lambda v: str(v.ds("checkpoint.tag_validation", "warn")).lower() not in ("warn", "ignore", "fail"),
+        "checkpoint.tag_validation must be Warn, Ignore or Fail.",
+        f"{_DS_SOURCE} runtime/config.py get_checkpoint_tag_validation_mode",
     ),
     Constraint(
         "removed_optimizer",
@@ -287,17 +362,41 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         'Muon at ZeRO stage 3 needs "reduce_scatter": false in zero_optimization.',
         f"{_DS_SOURCE} runtime/zero/stage3.py raises",
     ),
+    # What a block that DeepSpeed obeys has no place for.
+    *(
+        Constraint(
+            f"{name}_with_another_schedule",
+            f"train.{name}",
+            lambda v, name=name: (  # type: ignore[misc]
+                v.schedule_block is not None and v.schedule_block not in SCHEDULES and v.has(f"train.{name}")
+            ),
+            f"train.{name} has no effect on scheduler.type = {{schedule_block}}. Remove it, or the block `scheduler`.",
+            f"{_DS_SOURCE} runtime/lr_schedules.py: it has no such parameter",
+        )
+        for name in ("schedule", "warmup_steps")
+    ),
     Constraint(
-        "schedule_said_twice",
-        "deepspeed.scheduler.type",
-        lambda v: (
-            v.has("train.schedule")
-            and v.has("deepspeed.scheduler.type")
-            and SCHEDULES.get(v.ds("scheduler.type")) != v.settings.train.schedule
-        ),
-        "scheduler.type = {scheduler} and train.schedule = {schedule} ask for two different schedules. "
-        "Remove the block `scheduler`, or train.schedule.",
-        "one setting in two languages",
+        "min_learning_rate_with_schedule_block",
+        "train.min_learning_rate",
+        lambda v: v.schedule_block is not None and v.settings.train.min_learning_rate > 0,
+        "train.min_learning_rate has no effect on scheduler.type = {schedule_block}. Remove it, or the block `scheduler`.",
+        f"{_DS_SOURCE} runtime/lr_schedules.py: WarmupDecayLR ends at 0, WarmupCosineLR at cos_min_ratio",
+    ),
+    *(
+        Constraint(
+            f"{name}_with_another_optimizer",
+            f"train.{name}",
+            lambda v, name=name: (  # type: ignore[misc]
+                v.has("deepspeed.optimizer.type")
+                and v.has(f"train.{name}")
+                and not v.has(f"deepspeed.optimizer.params.{name}")
+                and name not in OPTIMIZER_PARAMS.get(_optimizer_type(v), ())
+            ),
+            f"train.{name} may have no effect on optimizer.type = {{optimizer}}. Remove it, or add "
+            f'"{name}": "auto" to optimizer.params.',
+            f"{_DS_SOURCE} runtime/engine.py hands optimizer.params on as written",
+        )
+        for name in ("betas", "eps", "weight_decay")
     ),
 )
 
@@ -306,11 +405,12 @@ def check_constraints(view: View) -> list[Problem]:
     """Apply every rule; a rule that breaks on a value of a wrong type is another check's business."""
     train = view.settings.train
     words = {
-        "stage": view.stage,
-        "scheduler": view.ds("scheduler.type"),
+        **{name: getattr(train, name) for name in type(train).model_fields},
         "dtype": view.settings.model.dtype,
         "precision_dtype": DTYPES[train.precision],
-        **{name: getattr(train, name) for name in type(train).model_fields},
+        "zero_stage": show(view.find(f"{_ZERO}.stage") or Located(DEFAULT_STAGE, DEFAULT)),
+        "schedule_block": view.schedule_block,
+        "optimizer": view.ds("optimizer.type"),
     }
     problems = []
     for rule in CONSTRAINTS:

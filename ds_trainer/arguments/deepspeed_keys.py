@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+import inspect
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +41,7 @@ SHARED = (
     Shared("train.weight_decay", "optimizer.params.weight_decay"),
     Shared("train.warmup_steps", "scheduler.params.warmup_num_steps"),
     Shared("train.max_steps", "scheduler.params.total_num_steps"),
-    Shared("train.min_learning_rate", "scheduler.params.warmup_min_lr"),
+    Shared("train.learning_rate", "scheduler.params.warmup_max_lr"),
     Shared("monitor.log_every_steps", "steps_per_print"),
     Shared("monitor.tensorboard", "tensorboard"),
     Shared("monitor.wandb", "wandb"),
@@ -58,6 +60,27 @@ AUTO_FROM_MODEL = {
 }
 """Keys whose "auto" is computed from the model. Source of the formulas: transformers, `HfTrainerDeepSpeedConfig`."""
 
+SCHEDULER_PARAMS: Mapping[str, tuple[str, ...]] = {
+    "WarmupLR": ("warmup_max_lr", "warmup_num_steps"),
+    "WarmupDecayLR": ("warmup_max_lr", "warmup_num_steps", "total_num_steps"),
+    "WarmupCosineLR": ("warmup_num_steps", "total_num_steps"),
+    "": (),
+}
+"""What each of them takes from the run file, any other in the last row.
+
+DeepSpeed's own defaults would be others: 1000 steps of warm-up, a learning rate of 0.001.
+"""
+
+OPTIMIZER_PARAMS: Mapping[str, tuple[str, ...]] = {
+    "adam": ("lr", "betas", "eps", "weight_decay"),
+    "adamw": ("lr", "betas", "eps", "weight_decay"),
+    "lamb": ("lr", "betas", "eps", "weight_decay"),
+    "lion": ("lr", "betas", "weight_decay"),
+    "adagrad": ("lr", "eps", "weight_decay"),
+    "": ("lr",),
+}
+"""What the optimizers that DeepSpeed builds take from the run file, any other in the last row."""
+
 _NUMBER = (int, float)
 TOP_LEVEL: Mapping[str, tuple[type, ...]] = {
     "train_batch_size": (int,),
@@ -69,8 +92,6 @@ TOP_LEVEL: Mapping[str, tuple[type, ...]] = {
     "gradient_predivide_factor": _NUMBER,
     "gradient_allreduce_op": (str,),
     "communication_data_type": (str,),
-    "seq_parallel_communication_data_type": (str,),
-    "disable_allgather": (bool,),
     "dump_state": (bool,),
     "disable_python_gc": (bool,),
     "wall_clock_breakdown": (bool,),
@@ -83,10 +104,8 @@ TOP_LEVEL: Mapping[str, tuple[type, ...]] = {
     "scheduler": (dict,),
     "fp16": (dict,),
     "bf16": (dict,),
-    "bfloat16": (dict,),
     "data_types": (dict,),
     "zero_optimization": (dict,),
-    "activation_checkpointing": (dict,),
     "aio": (dict,),
     "comms_logger": (dict,),
     "flops_profiler": (dict,),
@@ -100,6 +119,10 @@ TOP_LEVEL: Mapping[str, tuple[type, ...]] = {
 """Keys of the top level that take effect here, with the types they may have."""
 
 REFUSED: Mapping[str, str] = {
+    "bfloat16": "the old name of `bf16`; rename the block",
+    "activation_checkpointing": "it steers DeepSpeed's own checkpointing only; use `model.gradient_checkpointing: true`",
+    "disable_allgather": "DeepSpeed reads it and does nothing with it; remove the key",
+    "seq_parallel_communication_data_type": "sequence parallelism is not supported yet; remove the key",
     "managed_gradient_accumulation": "the trainer drives accumulation itself; remove the key",
     "dataloader_drop_last": "the trainer feeds the data itself, every row once an epoch; remove the key",
     "use_data_before_expert_parallelism": "expert parallelism is not supported; remove the key",
@@ -131,37 +154,43 @@ REFUSED: Mapping[str, str] = {
     "zero_optimization.zeropp_loco_param": "removed from DeepSpeed in 0.19.8; remove the key",
     "zero_optimization.cpu_offload": 'write `"offload_optimizer": {"device": "cpu"}` instead',
     "zero_optimization.cpu_offload_param": 'write `"offload_param": {"device": "cpu"}` instead',
+    "zero_optimization.cpu_offload_use_pin_memory": 'write `"pin_memory": true` inside `offload_optimizer` instead',
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "its name is stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.legacy_stage1": "removed from DeepSpeed in 0.5.9; remove the key",
     "zero_optimization.zenflow": "ZenFlow updates inside a global batch, so the loss would not be exact; remove the block",
     "checkpoint.writer": "DeepSpeed's FastPersist files cannot be loaded again (DeepSpeed issue 8500); remove the block",
+    "checkpoint.parallel_write": "it serves pipeline parallelism, which is not supported; remove the block",
     "checkpoint.load_universal": "resuming is the trainer's: use `checkpoint.resume`; remove the key",
     "checkpoint.use_node_local_storage": "a checkpoint is one folder that all ranks see; remove the key",
     "optimizer.params.max_grad_norm": "write `gradient_clipping` at the top level, or `train.max_grad_norm`",
-    "scheduler.params.warmup_max_lr": 'it is `train.learning_rate`; write "auto"',
 }
 """Keys that DeepSpeed has or had and that are refused here, each with what to do instead."""
 
-UNCHECKED_BLOCKS: Mapping[str, frozenset[str]] = {
-    "optimizer": frozenset({"type", "params", "legacy_fusion"}),
-    "scheduler": frozenset({"type", "params"}),
-    "data_types": frozenset({"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"}),
-    "activation_checkpointing": frozenset(
-        {
-            "partition_activations",
-            "number_checkpoints",
-            "contiguous_memory_optimization",
-            "synchronize_checkpoint_boundary",
-            "profile",
-            "cpu_checkpointing",
-        }
-    ),
-    "aio": frozenset({"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"}),
-    "flops_profiler": frozenset(
-        {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"}
-    ),
-    "timers": frozenset({"throughput"}),
-    "checkpoint": frozenset({"tag_validation", "parallel_write", "checkpoint_serialization"}),
+UNCHECKED_BLOCKS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "optimizer": {"type": (str,), "params": (dict,), "legacy_fusion": (bool,)},
+    "scheduler": {"type": (str,), "params": (dict,)},
+    "data_types": {"grad_accum_dtype": (str,), "param_dtype": (str,), "buffer_dtype": (str,), "keep_in_fp32_modules": (list,)},
+    "aio": {
+        "block_size": (int,),
+        "queue_depth": (int,),
+        "intra_op_parallelism": (int,),
+        "single_submit": (bool,),
+        "overlap_events": (bool,),
+        "use_gds": (bool,),
+    },
+    "flops_profiler": {
+        "enabled": (bool,),
+        "recompute_fwd_factor": _NUMBER,
+        "profile_step": (int,),
+        "module_depth": (int,),
+        "top_modules": (int,),
+        "detailed": (bool,),
+        "output_file": (str,),
+    },
+    "timers": {"throughput": (dict,)},
+    "checkpoint": {"tag_validation": (str,), "checkpoint_serialization": (bool,)},
 }
-"""Blocks whose unknown keys DeepSpeed ignores, with the keys they may hold."""
+"""Blocks whose unknown keys DeepSpeed ignores, with the keys they may hold and their types."""
 
 _MODELS: Mapping[str, str] = {
     "zero_optimization": "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
@@ -172,42 +201,59 @@ _MODELS: Mapping[str, str] = {
     "wandb": "deepspeed.monitor.config:WandbConfig",
     "csv_monitor": "deepspeed.monitor.config:CSVConfig",
     "comet": "deepspeed.monitor.config:CometConfig",
+    "timers.throughput": "deepspeed.utils.config:DeepSpeedThroughputTimerConfig",
 }
 """Blocks that are pydantic models of DeepSpeed's."""
 
 
-def check_keys(tree: Located) -> list[Problem]:
-    """Find what the tables above can tell: unknown, removed, unsupported and misplaced keys, and wrong types."""
-    return list(_key_problems(tree))
+def check_keys(tree: Located, typed_elsewhere: Collection[str] = ()) -> list[Problem]:
+    """Find what the tables above can tell: unknown, removed, unsupported and misplaced keys, and wrong types.
+
+    Args:
+        tree: the DeepSpeed keys.
+        typed_elsewhere: keys whose types the run file's schema has judged.
+    """
+    return list(_key_problems(tree, typed_elsewhere))
 
 
-def _key_problems(tree: Located) -> Iterator[Problem]:
+def _key_problems(tree: Located, typed_elsewhere: Collection[str]) -> Iterator[Problem]:
     for path, reason in REFUSED.items():
-        if (found := tree.find(path)) is not None and not (path.endswith("warmup_max_lr") and found.value == "auto"):
+        if (found := tree.find(path)) is not None:
             yield Problem(where=str(found.origin), what=f"DeepSpeed key `{path}` is not accepted: {reason}")
     for key, node in tree.value.items():
         if key in REFUSED:
             continue
         if key not in TOP_LEVEL:
-            yield Problem(where=str(node.origin), what=f"unknown DeepSpeed key `{key}`{_suggest(key)}")
-        elif node.value != "auto" and not _has_type(node.value, TOP_LEVEL[key]):
-            kind = " or ".join(_TYPE_NAMES[each] for each in TOP_LEVEL[key])
-            yield Problem(where=str(node.origin), what=f"DeepSpeed key `{key}` = {show(node)} must be {kind}")
-        elif key in UNCHECKED_BLOCKS and isinstance(node.value, dict):
-            for inner, child in node.value.items():
-                if inner not in UNCHECKED_BLOCKS[key] and f"{key}.{inner}" not in REFUSED:
-                    known = ", ".join(sorted(UNCHECKED_BLOCKS[key]))
-                    near = difflib.get_close_matches(inner, UNCHECKED_BLOCKS[key], n=1)
-                    hint = f"did you mean `{near[0]}`?" if near else f"it may hold {known}"
-                    yield Problem(
-                        where=str(child.origin),
-                        what=f"unknown DeepSpeed key `{key}.{inner}`, which DeepSpeed would ignore; {hint}",
-                    )
-    for block in ("optimizer", "scheduler"):
+            yield Problem(
+                where=str(node.origin), what=f"unknown DeepSpeed key `{key}`, which DeepSpeed would ignore{_suggest(key)}"
+            )
+        elif key not in typed_elsewhere:
+            yield from _type_problem(key, node, TOP_LEVEL[key])
+    for key in ("bf16.enabled", "fp16.enabled"):  # DeepSpeed would take "yes" for true
+        if (found := tree.find(key)) is not None:
+            yield from _type_problem(key, found, (bool,))
+    for block, known in UNCHECKED_BLOCKS.items():
         found = tree.find(block)
-        if found is not None and isinstance(found.value, dict) and not isinstance(_plain(tree, f"{block}.type"), str):
+        if found is None or not isinstance(found.value, dict):
+            continue
+        for inner, node in found.value.items():
+            key = f"{block}.{inner}"
+            if inner in known:
+                yield from _type_problem(key, node, known[inner])
+            elif key not in REFUSED:
+                near = difflib.get_close_matches(inner, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"it may hold {', '.join(sorted(known))}"
+                yield Problem(
+                    where=str(node.origin), what=f"unknown DeepSpeed key `{key}`, which DeepSpeed would ignore; {hint}"
+                )
+        if block in ("optimizer", "scheduler") and "type" not in found.value:
             example = "AdamW" if block == "optimizer" else "WarmupCosineLR"
             yield Problem(where=str(found.origin), what=f'DeepSpeed block `{block}` has no `type`; write "type": "{example}"')
+
+
+def _type_problem(key: str, node: Located, types: tuple[type, ...]) -> Iterator[Problem]:
+    if node.value != "auto" and type(node.value) not in types:  # not isinstance: a bool is an int to Python
+        yield Problem(where=str(node.origin), what=f"DeepSpeed key `{key}` = {show(node)} must be {_TYPE_NAMES[types[-1]]}")
 
 
 _TYPE_NAMES = {
@@ -215,26 +261,30 @@ _TYPE_NAMES = {
     float: "a number",
     bool: "true or false",
     str: "text",
+    list: "a list",
     dict: "a block in braces",
 }
 
 
-def _has_type(value: Any, types: tuple[type, ...]) -> bool:
-    return type(value) in types  # not isinstance: a bool is an int to Python
-
-
 def _suggest(key: str) -> str:
-    for block, keys in UNCHECKED_BLOCKS.items():
-        if key in keys - {"type", "params", "enabled"}:
-            return f"; it belongs in the block `{block}`"
-    if key in _ZERO_HINTS or key.startswith("stage3_"):
-        return "; it belongs in the block `zero_optimization`"
+    block, dot, rest = key.partition(".")
+    if dot and block in TOP_LEVEL:
+        return f'; a dot is no block: write "{block}": {{"{rest}": ...}}'
+    for each in SHARED:
+        if each.setting.endswith(f".{key}"):
+            return f"; DeepSpeed calls it `{each.key}`"
+        if each.key.endswith(f".{key}"):
+            return f"; it belongs in the block `{each.key.rpartition('.')[0]}`"
+    homes: dict[str, Collection[str]] = {**_MODEL_KEYS, **UNCHECKED_BLOCKS}
+    home = next((home for home, keys in homes.items() if key in keys and key not in ("type", "params", "enabled")), None)
+    if home is None and key.startswith("stage3_"):
+        home = "zero_optimization"
     near = difflib.get_close_matches(key, TOP_LEVEL, n=1)
-    return f", which DeepSpeed would ignore; did you mean `{near[0]}`?" if near else ", which DeepSpeed would ignore"
+    return f"; it belongs in the block `{home}`" if home else f"; did you mean `{near[0]}`?" if near else "; remove it"
 
 
-_ZERO_HINTS = frozenset(
-    {
+_MODEL_KEYS = {
+    "zero_optimization": (
         "stage",
         "contiguous_gradients",
         "reduce_scatter",
@@ -246,59 +296,119 @@ _ZERO_HINTS = frozenset(
         "offload_optimizer",
         "offload_param",
         "round_robin_gradients",
-    }
-)
+    ),
+    "fp16": ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
+    "bf16": ("immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"),
+}
+"""Keys of pydantic blocks that are often written at the top level: for the hint only."""
 
 
 def validate_blocks(tree: Located) -> list[Problem]:
-    """Validate the nested blocks with DeepSpeed's own pydantic models. Imports DeepSpeed: takes seconds."""
-    from pydantic import ValidationError
-
-    problems: list[Problem] = []
-    fields_of: dict[str, str] = {}
-    models = {}
+    """Validate the nested blocks with DeepSpeed's own pydantic models and classes. Imports DeepSpeed: takes seconds."""
+    models: dict[str, Any] = {}
     for block, target in _MODELS.items():
         module, name = target.split(":")
         models[block] = getattr(importlib.import_module(module), name)
-        fields_of |= {
-            spelling: block
-            for field, info in models[block].model_fields.items()
-            for spelling in (field, info.alias)
-            if spelling
-        }
+    names = {
+        block: [name for field, info in model.model_fields.items() for name in (info.alias, field) if name]
+        for block, model in models.items()
+    }
+    problems = [*_class_problems(tree)]
     for block, model in models.items():
         node = tree.find(block)
-        if node is None or not isinstance(node.value, dict):
-            continue
-        values = {key: value for key, value in node.plain().items() if value != "auto"}
-        try:
-            model(**values)
-        except ValidationError as error:
-            for detail in error.errors():
-                location = [str(part) for part in detail["loc"]]
-                at = tree.find(".".join([block, *location])) or node
-                key = ".".join([block, *location])
-                if detail["type"] == "extra_forbidden":
-                    known = [name for name, owner in fields_of.items() if owner == block]
-                    near = difflib.get_close_matches(location[-1], known, n=1) if len(location) == 1 else []
-                    owner = fields_of.get(location[-1])
-                    hint = (
-                        f"did you mean `{near[0]}`?"
-                        if near
-                        else f"it belongs in the block `{owner}`"
-                        if owner and owner != block
-                        else "it belongs at the top level"
-                        if location[-1] in TOP_LEVEL
-                        else "DeepSpeed has no such key"
-                    )
-                    problems.append(Problem(where=str(at.origin), what=f"unknown DeepSpeed key `{key}`; {hint}"))
-                else:
-                    what = f"DeepSpeed key `{key}` = {show(at)}: {detail['msg'].lower()}"
-                    problems.append(Problem(where=str(at.origin), what=what))
-        except Exception as error:  # the models raise bare errors from their validators
-            what = f"DeepSpeed refuses the block `{block}`: {str(error).splitlines()[0] if str(error) else error!r}"
-            problems.append(Problem(where=str(node.origin), what=what))
+        if node is not None and isinstance(node.value, dict):
+            problems += _model_problems(tree, block, node, model, names)
     return problems
+
+
+def _model_problems(tree: Located, block: str, node: Located, model: Any, names: Mapping[str, list[str]]) -> Iterator[Problem]:
+    from pydantic import ValidationError
+
+    try:
+        taken = model(**{key: value for key, value in node.plain().items() if value != "auto"})
+        yield from _coerced(block, node, taken)
+    except ValidationError as error:
+        for detail in error.errors():
+            key = ".".join([block, *map(str, detail["loc"])])
+            at = tree.find(key) or node
+            if detail["type"] == "extra_forbidden":
+                hint = _home(block, [str(part) for part in detail["loc"]], model, names)
+                yield Problem(where=str(at.origin), what=f"unknown DeepSpeed key `{key}`; {hint}")
+            else:
+                said = detail["msg"][0].lower() + detail["msg"][1:]
+                shown = f"DeepSpeed key `{key}` = {show(at)}" if detail["loc"] else f"DeepSpeed block `{block}`"
+                yield Problem(where=str(at.origin), what=f"{shown} is not valid: {said}")
+    except Exception as error:  # the models raise bare errors from their validators
+        said = str(error).splitlines()[0] if str(error) else repr(error)
+        yield Problem(where=str(node.origin), what=f"DeepSpeed refuses the block `{block}`: {said}")
+
+
+def _coerced(block: str, node: Located, taken: Any) -> Iterator[Problem]:
+    """Values that DeepSpeed would take for something else: `"8"` for 8, `true` for 1, `"no"` for false."""
+    fields = {name: field for field, info in type(taken).model_fields.items() for name in (field, info.alias)}
+    for key, child in node.value.items():
+        value = getattr(taken, fields.get(key, key), None)
+        if isinstance(child.value, dict) and hasattr(value, "model_fields_set"):
+            yield from _coerced(f"{block}.{key}", child, value)
+        elif isinstance(child.value, (str, bool, int)) and isinstance(value, (bool, int, float)) and child.value != "auto":
+            wanted = bool if isinstance(value, bool) else int
+            if type(child.value) is not wanted:
+                yield from _type_problem(f"{block}.{key}", child, (bool if wanted is bool else float,))
+
+
+def _home(block: str, location: list[str], model: Any, names: Mapping[str, list[str]]) -> str:
+    """Where an unknown key of a block belongs."""
+    key = location[-1]
+    siblings = names[block]
+    for part in location[:-1]:
+        field = next((info for name, info in model.model_fields.items() if part in (name, info.alias)), None)
+        inner = [each for each in getattr(field.annotation, "__args__", ()) if hasattr(each, "model_fields")] if field else []
+        model = inner[0] if inner else field.annotation if field else None
+        siblings = list(getattr(model, "model_fields", {}))
+    if near := difflib.get_close_matches(key, siblings, n=1):
+        return f"did you mean `{near[0]}`?"
+    if key in TOP_LEVEL:
+        return "it belongs at the top level"
+    owner = next((owner for owner, theirs in names.items() if key in theirs and owner != block), None)
+    owner = owner or (block if len(location) > 1 and key in names[block] else None)
+    return f"it belongs in the block `{owner}`" if owner else f"`{'.'.join([block, *location[:-1]])}` has no such key"
+
+
+def _class_problems(tree: Located) -> Iterator[Problem]:
+    """The names in `optimizer.type` and `scheduler.type`, and the parameters of those whose signature lists them all."""
+    import torch
+    from deepspeed.runtime import lr_schedules
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    for block, place, own in (
+        ("optimizer", torch.optim, {name.lower(): None for name in DEEPSPEED_OPTIMIZERS}),
+        (
+            "scheduler",
+            torch.optim.lr_scheduler,
+            {name: getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES},
+        ),
+    ):
+        node = tree.find(f"{block}.type")
+        if node is None or not isinstance(node.value, str):
+            continue
+        name = node.value.lower() if block == "optimizer" else node.value
+        if name not in own and not isinstance(getattr(place, node.value, None), type):
+            known = [*own, *(each for each in vars(place) if each[0].isupper())]
+            near = difflib.get_close_matches(node.value, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"DeepSpeed has {', '.join(own)}"
+            yield Problem(where=str(node.origin), what=f"DeepSpeed knows no {block} `{node.value}`; {hint}")
+            continue
+        build = own.get(name) if name in own else getattr(place, node.value)
+        params = tree.find(f"{block}.params")
+        if build is None or params is None or not isinstance(params.value, dict):
+            continue
+        takes = list(inspect.signature(build).parameters)[1:]
+        for key, child in params.value.items():
+            if key not in takes:
+                near = difflib.get_close_matches(key, takes, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(takes)}"
+                what = f"DeepSpeed key `{block}.params.{key}`: {node.value} has no such parameter; {hint}"
+                yield Problem(where=str(child.origin), what=what)
 
 
 def leftover_autos(tree: Located) -> list[Problem]:
@@ -306,37 +416,44 @@ def leftover_autos(tree: Located) -> list[Problem]:
 
     DeepSpeed drops an "auto" inside its pydantic blocks, so that `bf16.enabled: "auto"` trains in fp32 without a word.
     """
-    shared = {each.key for each in SHARED} | {"bf16.enabled", "fp16.enabled", "optimizer.type", "scheduler.type"}
-    fillable = shared | AUTO_FROM_MODEL.keys() | {"data_types.keep_in_fp32_modules", "scheduler.params.warmup_max_lr"}
+    fillable = {each.key for each in SHARED} | AUTO_FROM_MODEL.keys()
+    fillable |= {"bf16.enabled", "fp16.enabled", "data_types.keep_in_fp32_modules", "scheduler.params.warmup_min_lr"}
     return [
-        Problem(
-            where=str(node.origin),
-            what=f'DeepSpeed key `{path}` = "auto", and no setting of the run file says what it should be; '
-            "write a value, or remove the key for DeepSpeed's default",
-        )
+        Problem(where=str(node.origin), what=f'DeepSpeed key `{path}` = "auto", and {_NO_AUTO.get(path, _NOTHING_SAYS)}')
         for path, node in tree.leaves()
         if node.value == "auto" and path not in fillable
     ]
 
 
-def precision_of(tree: Located) -> Located | None:
-    """Translate the blocks `bf16` and `fp16` into a value of `train.precision`, or None when they say nothing."""
+_NOTHING_SAYS = "no setting of the run file says what it should be; write a value, or remove the key for DeepSpeed's default"
+_NO_AUTO = {
+    "optimizer.type": 'the run file knows AdamW only; write "AdamW", or remove the block `optimizer`',
+    "scheduler.type": "train.schedule needs no block; remove the block `scheduler`, or name one of DeepSpeed's schedules",
+}
+
+
+def precision_of(tree: Located, ours: Located | None) -> list[tuple[str, Located]]:
+    """What the blocks `bf16` and `fp16` say of `train.precision`: true names it, false rules it out.
+
+    Args:
+        tree: the DeepSpeed keys.
+        ours: what the run file says of it.
+
+    Returns:
+        The key that says something, and the value of `train.precision` that it comes to; empty when they agree with `ours`.
+    """
     enabled = {name: tree.find(f"{name}.enabled") for name in ("bf16", "fp16")}
     for name, node in enabled.items():
         if node is not None and node.value is True:
-            return Located(name, node.origin)
-    if (bf16 := enabled["bf16"]) is not None and bf16.value is False:
-        return Located("fp32", bf16.origin)
-    return None
+            return [(f"{name}.enabled", Located(name, node.origin))]
+    ruled_out = "bf16" if ours is None or ours.value is None else ours.value  # bf16 is the default
+    node = enabled.get(ruled_out) if isinstance(ruled_out, str) else None
+    if node is not None and node.value is False:
+        return [(f"{ruled_out}.enabled", Located("fp32", node.origin))]
+    return []
 
 
 def show(node: Located, limit: int = 60) -> str:
-    """A value as text for a message, shortened."""
-    text = f'"{node.value}"' if isinstance(node.value, str) else str(node.plain())
-    text = {"True": "true", "False": "false", "None": "null"}.get(text, text)
+    """A value as text for a message, as JSON writes it, shortened."""
+    text = json.dumps(node.plain(), ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _plain(tree: Located, path: str) -> Any:
-    node = tree.find(path)
-    return None if node is None else node.plain()

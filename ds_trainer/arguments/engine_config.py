@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ds_trainer.arguments.batch import BatchPlan, solve_batch
 from ds_trainer.arguments.constraints import DEFAULT_STAGE
-from ds_trainer.arguments.deepspeed_keys import AUTO_FROM_MODEL, SHARED
+from ds_trainer.arguments.deepspeed_keys import AUTO_FROM_MODEL, OPTIMIZER_PARAMS, SCHEDULER_PARAMS, SHARED
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.errors import ArgumentsError
 
@@ -112,15 +112,22 @@ def build_engine_config(resolved: Resolved, batch: BatchPlan, *, hidden_size: in
         for each in SHARED
         for section, _, name in [each.setting.partition(".")]
     }
-    # Inside a block that DeepSpeed obeys, a shared setting is filled in where the block mentions it.
-    for block in ("optimizer", "scheduler"):
-        params = (config.get(block) or {}).get("params") or {}
-        for name in params:
-            key = f"{block}.params.{name}"
-            if key in values:
-                params[name] = values[key]
-        if params.get("warmup_max_lr") == "auto":
-            params["warmup_max_lr"] = settings.train.learning_rate
+    # A block that DeepSpeed obeys says what the run file says: DeepSpeed's own defaults are no settings in force.
+    for block, takes in (("optimizer", OPTIMIZER_PARAMS), ("scheduler", SCHEDULER_PARAMS)):
+        if block not in config:
+            continue
+        params = config[block].setdefault("params", {})
+        kind = config[block]["type"].lower() if block == "optimizer" else config[block]["type"]
+        for name in (*params, *takes.get(kind, takes[""])):
+            if f"{block}.params.{name}" in values:
+                params[name] = values[f"{block}.params.{name}"]
+    if "scheduler" in config:
+        params = config["scheduler"]["params"]
+        if params.get("warmup_min_lr") == "auto":
+            params["warmup_min_lr"] = 0.0
+        if "warmup_num_steps" in params:  # DeepSpeed refuses 0
+            params["warmup_num_steps"] = max(1, params["warmup_num_steps"])
+            reasons["scheduler.params.warmup_num_steps"] = "train.warmup_steps, and 1 at least"
     if optimizer_kind(resolved, device_type) != "deepspeed":
         config.pop("optimizer", None)
         config["zero_allow_untested_optimizer"] = True
@@ -134,6 +141,8 @@ def build_engine_config(resolved: Resolved, batch: BatchPlan, *, hidden_size: in
     for name in ("tensorboard", "wandb", "csv_monitor", "comet"):
         if values[name] is not None:
             config[name] = values[name]
+        else:
+            config.pop(name, None)  # "auto", and the run file says nothing
     reasons["train_micro_batch_size_per_gpu"] = reasons["gradient_accumulation_steps"] = str(batch)
 
     precision = settings.train.precision
@@ -152,10 +161,13 @@ def build_engine_config(resolved: Resolved, batch: BatchPlan, *, hidden_size: in
         "stage3_param_persistence_threshold": 10.0,
     }
     for name, factor in formulas.items():
-        if zero.get(name) == "auto" and hidden_size is not None:
+        if zero.get(name) == "auto":
+            path = f"zero_optimization.{name}"
+            if hidden_size is None:
+                reasons[path] = f"{AUTO_FROM_MODEL[path]}, known when the model is loaded"
+                continue
             width = hidden_size if name == "stage3_param_persistence_threshold" else hidden_size * hidden_size
             zero[name] = int(factor * width)
-            path = f"zero_optimization.{name}"
             reasons[path] = f"{AUTO_FROM_MODEL[path]}, hidden_size = {hidden_size}"
     return EngineConfig(config=config, reasons=reasons)
 

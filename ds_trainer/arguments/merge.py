@@ -8,6 +8,8 @@ statement and contradicts nobody. How and why: docs/design/merging-settings.md.
 from __future__ import annotations
 
 import difflib
+import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from ds_trainer.arguments.constraints import View, check_constraints
 from ds_trainer.arguments.deepspeed_keys import (
+    REFUSED,
     SCHEDULES,
     SHARED,
     TOP_LEVEL,
@@ -43,7 +46,6 @@ ALIASES = {
     "lr": "train.learning_rate",
     "lr_scheduler_type": "train.schedule",
     "lr_scheduler": "train.schedule",
-    "gradient_clipping": "train.max_grad_norm",
     "bf16": "train.precision: bf16",
     "fp16": "train.precision: fp16",
     "output_dir": "checkpoint.folder",
@@ -101,43 +103,49 @@ def resolve(
         ArgumentsError: with every problem that was found, each with file and line.
     """
     problems: list[Problem] = []
-    run = _collect(problems, lambda: read_yaml(config))
-    command_line = _collect(problems, lambda: _command_line(overrides, resume)) or Located({}, Origin("--set"))
-    run = overlay(run, command_line) if run is not None else None
+    run = _collect(problems, lambda: read_yaml(config, problems))
+    command_line = _command_line(overrides, deepspeed, resume, problems)
+    if run is not None:
+        for path, node in command_line:
+            run = overlay(run, _nest(path, node))
+        stated_json = run.find("deepspeed.config")
+    else:
+        stated_json = next((node for path, node in command_line if path == "deepspeed.config"), None)
 
-    stated_json = run.find("deepspeed.config") if run is not None else None
-    path = str(deepspeed) if deepspeed else stated_json.value if stated_json is not None else None
+    json_path = stated_json.value if stated_json is not None and isinstance(stated_json.value, str) else None
     json_tree = Located({}, DEFAULT)
-    if isinstance(path, str):
-        json_tree = _collect(problems, lambda: read_json(path)) or json_tree
+    if json_path:
+        json_tree = _collect(problems, lambda: read_json(json_path, problems)) or json_tree
     if run is None:
-        problems += check_keys(json_tree)
-        raise ArgumentsError(problems)
+        raise ArgumentsError(sorted([*problems, *check_keys(json_tree), *leftover_autos(json_tree)], key=_by_place))
 
-    section = run.find("deepspeed") or Located({}, DEFAULT)
-    if isinstance(section.value, dict):
+    engine = json_tree
+    section = run.find("deepspeed")
+    if section is not None and isinstance(section.value, dict):
         own_keys = {key: node for key, node in section.value.items() if key != "config"}
         engine = overlay(json_tree, Located(own_keys, section.origin))
-    else:
-        engine = json_tree
 
     run, engine_names, conflicts = _unite(run, engine)
-    problems += conflicts
+    engine = _without_overruled_schedule(run, _with_monitors(run, engine))
     settings, invalid = _validate(run, engine_names)
-    problems += invalid + check_keys(engine) + leftover_autos(engine)
+    problems += conflicts + invalid + check_keys(engine, typed_elsewhere=engine_names.values()) + leftover_autos(engine)
     if settings is not None and not problems:
         problems += check_constraints(View(settings, run, engine))
     if problems:
         raise ArgumentsError(sorted(problems, key=_by_place))
     assert settings is not None
-    origins = {name: node.origin for name, node in run.leaves() if not name.startswith("deepspeed.")}
+    origins = {name: node.origin for name, node in run.leaves() if name == "deepspeed.config" or not _is_engine(name)}
     return Resolved(
         settings=settings,
         deepspeed=engine,
         origins=origins,
         config_path=Path(config),
-        deepspeed_path=path if isinstance(path, str) else None,
+        deepspeed_path=json_path,
     )
+
+
+def _is_engine(name: str) -> bool:
+    return name.partition(".")[0] == "deepspeed"
 
 
 def _by_place(problem: Problem) -> tuple[str, int]:
@@ -152,27 +160,34 @@ def overlay(weak: Located, strong: Located) -> Located:
     merged = dict(weak.value)
     for key, node in strong.value.items():
         merged[key] = overlay(merged[key], node) if key in merged else node
-    return Located(merged, weak.origin if weak.value else strong.origin)
+    return Located(merged, strong.origin if weak.origin == DEFAULT else weak.origin)
 
 
-def _command_line(overrides: Iterable[str], resume: str | None) -> Located:
-    tree = Located({}, Origin("--set"))
-    problems: list[Problem] = []
+def _command_line(
+    overrides: Iterable[str], deepspeed: str | Path | None, resume: str | None, problems: list[Problem]
+) -> list[tuple[str, Located]]:
+    stated: list[tuple[str, Located]] = []
     for text in overrides:
-        stated = _collect(problems, lambda text=text: read_override(text))  # type: ignore[misc]
-        if stated is not None:
-            tree = overlay(tree, _nest(*stated))
-    if problems:
-        raise ArgumentsError(problems)
+        name, node = _collect(problems, lambda text=text: read_override(text, problems)) or ("", None)
+        if node is not None:
+            stated.append((name, node))
+    if deepspeed is not None:
+        stated.append(("deepspeed.config", Located(str(deepspeed), Origin("--deepspeed"))))
     if resume is not None:
-        tree = overlay(tree, _nest("checkpoint.resume", Located(resume, Origin("--resume"))))
-    return tree
+        stated.append(("checkpoint.resume", Located(resume, Origin("--resume"))))
+    return stated
 
 
 def _nest(path: str, node: Located) -> Located:
     for key in reversed(path.split(".")):
         node = Located({key: node}, node.origin)
     return node
+
+
+def _has_room(tree: Located, path: str) -> bool:
+    """Whether a value can be put at a path: where a block has to be stands a block or nothing."""
+    blocks = [tree.find(path[:at]) for at, letter in enumerate(path) if letter == "."]
+    return all(block is None or block.value is None or isinstance(block.value, dict) for block in blocks)
 
 
 def _unite(run: Located, engine: Located) -> tuple[Located, dict[str, str], list[Problem]]:
@@ -184,36 +199,56 @@ def _unite(run: Located, engine: Located) -> tuple[Located, dict[str, str], list
     stated: list[tuple[str, str, Located]] = []
     for each in SHARED:
         node = engine.find(each.key)
-        if node is not None and node.value != "auto":
-            stated.append((each.setting, each.key, node))
-    if (precision := precision_of(engine)) is not None:
-        stated.append(("train.precision", "fp16.enabled" if precision.value == "fp16" else "bf16.enabled", precision))
+        for key, leaf in node.leaves(each.key) if node is not None else ():  # a block is as many settings as it has leaves
+            if leaf.value not in ("auto", None):
+                stated.append((each.setting + key.removeprefix(each.key), key, leaf))
+    stated += [("train.precision", *each) for each in precision_of(engine, run.find("train.precision"))]
     scheduler = engine.find("scheduler.type")
-    if scheduler is not None and scheduler.value in SCHEDULES and run.find("train.schedule") is None:
+    if scheduler is not None and isinstance(scheduler.value, str) and scheduler.value in SCHEDULES:
         stated.append(("train.schedule", "scheduler.type", Located(SCHEDULES[scheduler.value], scheduler.origin)))
 
     names: dict[str, str] = {}
     problems: list[Problem] = []
     for setting, key, theirs in stated:
         ours = run.find(setting)
-        if ours is not None and ours.plain() != theirs.plain():
-            loud = [_from_command_line(node) for node in (ours, theirs)]
-            if loud[0] == loud[1]:
-                what = (
-                    f"{setting} = {show(ours)} contradicts DeepSpeed's `{key}` = {show(theirs)} ({theirs.origin}): they are "
-                    f'one setting. Remove one of them, or write "auto" in the JSON.'
-                )
-                problems.append(Problem(where=str(ours.origin), what=what))
+        if ours is not None and ours.value is not None:  # null says nothing
+            loud, theirs_loud = _from_command_line(ours), _from_command_line(theirs)
+            if ours.plain() == theirs.plain() or (loud and not theirs_loud):
                 continue
-            if loud[0]:
+            if loud == theirs_loud:
+                problems.append(_conflict(engine, setting, names.get(setting), ours, key, theirs))
                 continue
-        elif ours is not None:
-            continue
-        names[setting] = key
-        section, _, _ = setting.partition(".")
-        if (existing := run.find(section)) is None or isinstance(existing.value, dict):
+        if _has_room(run, setting):
+            names[setting] = key
             run = overlay(run, _nest(setting, theirs))
     return run, names, problems
+
+
+def _conflict(engine: Located, setting: str, our_key: str | None, ours: Located, key: str, theirs: Located) -> Problem:
+    first, second = (engine.find(our_key) if our_key else None) or ours, engine.find(key) or theirs
+    fix = "Remove one of them" if key == "scheduler.type" else 'Remove one of them, or write "auto" for DeepSpeed\'s'
+    what = (
+        f"{f'DeepSpeed `{our_key}`' if our_key else setting} = {show(first)} contradicts DeepSpeed's "
+        f"`{key}` = {show(second)} ({theirs.origin}): they are one setting. {fix}."
+    )
+    return Problem(where=str(ours.origin), what=what)
+
+
+def _with_monitors(run: Located, engine: Located) -> Located:
+    """With the monitor blocks of the run file, so that they are checked like those of the JSON."""
+    blocks = {each.key: run.find(each.setting) for each in SHARED if each.setting == f"monitor.{each.key}"}
+    found = {key: block for key, block in blocks.items() if block is not None and isinstance(block.value, dict)}
+    return overlay(engine, Located(found, DEFAULT))
+
+
+def _without_overruled_schedule(run: Located, engine: Located) -> Located:
+    """Without the block `scheduler` when the command line asks for another schedule."""
+    ours, theirs = run.find("train.schedule"), engine.find("scheduler.type")
+    if ours is None or theirs is None or not _from_command_line(ours) or _from_command_line(theirs):
+        return engine
+    if isinstance(theirs.value, str) and SCHEDULES.get(theirs.value) == ours.value:
+        return engine
+    return Located({key: node for key, node in engine.value.items() if key != "scheduler"}, engine.origin)
 
 
 def _from_command_line(node: Located) -> bool:
@@ -224,12 +259,7 @@ def _validate(run: Located, engine_names: dict[str, str]) -> tuple[RunSettings |
     try:
         return RunSettings.model_validate(run.plain()), []
     except ValidationError as error:
-        problems = []
-        for detail in error.errors():
-            problem = _explain(run, detail, engine_names)
-            if problem not in problems:
-                problems.append(problem)
-        return None, problems
+        return None, [_explain(run, detail, engine_names) for detail in error.errors()]
 
 
 def _explain(run: Located, detail: Any, engine_names: dict[str, str]) -> Problem:
@@ -247,44 +277,64 @@ def _explain(run: Located, detail: Any, engine_names: dict[str, str]) -> Problem
         node = child
         path.append(str(part))
     name = ".".join(path)
-    kind = detail["type"]
+    kind, where = detail["type"], str(node.origin)
     if kind == "missing":
-        missing = str(detail["loc"][-1])
-        full = f"{name}.{missing}" if name else missing
-        return Problem(where=str(node.origin), what=f"`{full}` is missing; {_example(full)}")
+        full = ".".join([*path, str(detail["loc"][-1])])
+        return Problem(where=where, what=f"`{full}` is missing; {_example(full)}")
     shown = f"DeepSpeed's `{engine_names[name]}`" if name in engine_names else name
     if kind == "extra_forbidden":
-        return Problem(where=str(node.origin), what=f"unknown setting `{name}`; {_nearest(name)}")
-    if kind in ("model_type", "model_attributes_type", "dict_type") and isinstance(node.value, (str, int, float, list)):
-        return Problem(where=str(node.origin), what=f"`{shown}` = {show(node)} must be a block of settings: {_example(name)}")
+        return Problem(where=where, what=f"unknown setting `{name}`; {_nearest(name)}")
     if node.value is None:
-        return Problem(where=str(node.origin), what=f"`{shown}` has no value; write one, or remove the line")
-    return Problem(where=str(node.origin), what=f"{shown} = {show(node)} {_rule(detail, node)}")
+        return Problem(where=where, what=f"{shown} = null, but it needs a value; {_example(name)}")
+    if len(detail["loc"]) > len(path):  # a branch of a union: one line says what all branches want
+        return Problem(where=where, what=f"{shown} = {show(node)} does not fit; {_example(name)}")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return Problem(where=where, what=f"{shown} = {show(node)} must be a block of settings; {_example(name)}")
+    return Problem(where=where, what=f"{shown} = {show(node)} {_rule(detail, node, name)}")
 
 
-def _rule(detail: Any, node: Located) -> str:
+def _rule(detail: Any, node: Located, name: str) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     value = node.value
-    if kind in ("int_type", "float_type"):
-        wanted = "a whole number" if kind == "int_type" else "a number"
-        if isinstance(value, str) and value.replace(".", "", 1).lstrip("-").isdigit():
-            return f"is text; it must be {wanted}: write {value} without quotes"
-        return f"is not {wanted}"
+    if kind in ("int_type", "int_from_float", "float_type"):
+        number = _number(value)
+        whole = kind != "float_type"
+        if number is None or (whole and number != int(number)):
+            return f"is not {'a whole number' if whole else 'a number'}"
+        text = str(int(number)) if whole else str(value)
+        return f"is text; write {text} without quotes" if isinstance(value, str) else f"is not a whole number; write {text}"
     if kind == "bool_type":
-        word = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(str(value).lower())
-        return f"must be true or false{f': write {word}' if word else ''}"
+        word = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}.get(
+            str(value).lower()
+        )
+        return f"must be true or false{f': write {word}, without quotes' if word else ''}"
     if kind == "string_type":
-        return "must be text; put it in quotes"
+        return "must be text" if isinstance(value, (dict, list)) else f'must be text; put it in quotes: "{show(node)}"'
+    if kind == "list_type":
+        return f"must be a list in brackets; {_example(name)}"
+    if kind in ("too_short", "string_too_short"):
+        return f"is too short; {_example(name)}" if value else f"must not be empty; {_example(name)}"
+    if kind == "too_long":
+        return f"is too long; {_example(name)}"
     if kind in ("literal_error", "enum"):
-        expected = str(context.get("expected", ""))
+        expected = str(context.get("expected", "")).replace(" or ", ", ")
         near = difflib.get_close_matches(str(value), [word.strip("' ") for word in expected.split(",")], n=1)
-        return f"must be one of {expected.replace(' or ', ', ')}" + (f"; did you mean `{near[0]}`?" if near else "")
+        return f"must be one of {expected}" + (f"; did you mean `{near[0]}`?" if near else "")
     for bound, word in (("ge", "at least"), ("gt", "greater than"), ("le", "at most"), ("lt", "less than")):
         if bound in context:
             return f"must be {word} {context[bound]:g}"
     return f"is not valid: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
+def _number(value: Any) -> float | None:
+    try:
+        number = None if isinstance(value, (bool, dict, list)) else float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if number is not None and math.isfinite(number) else None
+
+
+@functools.cache
 def _fields(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """Every setting of the schema by dotted path, with its field."""
     found: dict[str, Any] = {}
@@ -300,35 +350,53 @@ def _fields(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 def _nearest(name: str) -> str:
     known = _fields(RunSettings)
     section, _, key = name.rpartition(".")
-    if key in ALIASES:
-        return f"here it is called `{ALIASES[key]}`"
+    section = ".".join(part for part in section.split(".") if not part.isdigit())  # the items of a list share their settings
+    if name in known:
+        return f"a dot stands for a block on the command line only; write `{key}` inside the block `{section}:`"
+    ours = next((each.setting for each in SHARED if each.key == key), ALIASES.get(key))
+    if ours:
+        return f"here it is called `{ours}`"
     siblings = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == section]
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"did you mean `{f'{section}.' if section else ''}{near[0]}`?"
-    elsewhere = [path for path in known if path.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"it belongs in another section: `{elsewhere[0]}`"
-    if key in TOP_LEVEL or any(key == each.key for each in SHARED):
+    if key in TOP_LEVEL or key in REFUSED:
         return f"it is a key of DeepSpeed's: write it in the section `deepspeed`, as `deepspeed.{key}`"
+    homes = {path.rpartition(".")[2]: path for path in reversed(known)}
+    elsewhere = difflib.get_close_matches(key, homes, n=1, cutoff=0.8)
+    if elsewhere:
+        return f"it belongs in another place: `{homes[elsewhere[0]]}`"
     return f"known there: {', '.join(siblings)}" if siblings else "there is no such section"
 
 
 _EXAMPLES = {
     "model": "write for example\n      model:\n        path: Qwen/Qwen3-0.6B",
+    "model.config": "write the path of a config.json, or a block with `model_type: llama` and its other fields",
     "data": "write for example\n      data:\n        sources: [{path: data/train.jsonl}]\n        seq_len: 1024",
     "data.sources": "write for example `sources: [{path: data/train.jsonl}]`",
     "data.seq_len": "write for example `seq_len: 1024`",
     "train": "write for example\n      train:\n        stage: sft",
     "train.stage": "write `stage: pretrain` or `stage: sft`",
+    "train.betas": "write for example `betas: [0.9, 0.95]`",
+    "evaluate": "write for example\n      evaluate:\n        sources: [{path: data/held_out.jsonl}]",
+    "evaluate.sources": "write for example `sources: [{path: data/held_out.jsonl}]`",
+    "deepspeed": "write for example\n      deepspeed:\n        config: ds_configs/zero2.json",
     "checkpoint": "write for example\n      checkpoint:\n        folder: out/my-run",
     "checkpoint.folder": "write for example `folder: out/my-run`",
+    "checkpoint.resume": "write `resume: auto`, `resume: never` or the path of a checkpoint",
+    "adapter": "write for example\n      adapter:\n        lora: {rank: 16}",
     "adapter.lora": "write for example `lora: {rank: 16}`",
+    "adapter.lora.target_modules": "write `all-linear` or for example `[q_proj, v_proj]`",
+    "monitor.wandb": "write for example `wandb: {enabled: true, project: my-project}`",
+    "monitor.tensorboard": "write for example `tensorboard: {enabled: true, output_path: out/tensorboard}`",
+    "monitor.csv_monitor": "write for example `csv_monitor: {enabled: true, output_path: out/csv}`",
 }
 
 
 def _example(path: str) -> str:
-    return _EXAMPLES.get(path, "see `ds_trainer check --schema`")
+    if path.startswith(("data.sources.", "evaluate.sources.")):
+        return "write for example `{path: data/train.jsonl}`"
+    return _EXAMPLES.get(path, "`ds_trainer check --schema` says what may stand there")
 
 
 def _collect(problems: list[Problem], read: Any) -> Any:

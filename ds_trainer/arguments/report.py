@@ -11,9 +11,11 @@ from ds_trainer.arguments.merge import Resolved
 
 
 def setting_rows(resolved: Resolved) -> list[tuple[str, Any, str]]:
-    """(dotted path, value, origin) of every setting of the run file, defaults included."""
+    """(dotted path, value, origin) of every setting of the run file, defaults included; of `deepspeed` only the JSON's path."""
     rows = []
-    for path, value in flatten(resolved.settings.model_dump(mode="json", exclude={"deepspeed"})):
+    settings = resolved.settings.model_dump(mode="json", exclude={"deepspeed"})
+    settings["deepspeed"] = {"config": resolved.deepspeed_path}
+    for path, value in flatten(settings):
         origin = next((resolved.origins[each] for each in _upwards(path) if each in resolved.origins), None)
         rows.append((path, value, "default" if origin is None else str(origin)))
     return rows
@@ -24,21 +26,26 @@ def engine_rows(resolved: Resolved, engine: EngineConfig) -> list[tuple[str, Any
 
     The origin of a value nobody wrote is the setting it stands for, or how it was computed.
     """
-    owner = {each.key: each.setting for each in SHARED}
-    owner |= {"bf16.enabled": "train.precision", "fp16.enabled": "train.precision"}
     rows = []
     for path, value in flatten(engine.config):
         node = resolved.deepspeed.find(path)
         if path in engine.reasons:
             origin = engine.reasons[path]
-        elif path in owner:
-            origin = owner[path]
-        elif node is not None:
+        elif (setting := _setting_of(path)) is not None:
+            origin = setting
+        elif node is not None and node.plain() == value:
             origin = str(node.origin)
         else:
             origin = "default"
         rows.append((path, value, origin))
     return rows
+
+
+def _setting_of(path: str) -> str | None:
+    if path in ("bf16.enabled", "fp16.enabled"):
+        return "train.precision"
+    owners = (each for each in SHARED if f"{path}.".startswith(f"{each.key}."))
+    return next((each.setting + path.removeprefix(each.key) for each in owners), None)
 
 
 def resolved_as_json(resolved: Resolved) -> dict[str, Any]:

@@ -1,0 +1,233 @@
+"""Every row of CONSTRAINTS is broken by an example, at the right line, and spares a near miss."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_trainer.arguments.constraints import CONSTRAINTS, DTYPES
+from ds_trainer.arguments.merge import resolve
+from ds_trainer.errors import ArgumentsError
+
+BASE = {"model": {"path": "m"}, "data": {"sources": [{"path": "a"}], "seq_len": 8}, "train": {"stage": "sft"}}
+NVME = {"device": "nvme", "nvme_path": "/nvme"}
+
+
+def run(**settings):
+    """Changes to the run file: dotted names with `__`."""
+    return {"run": {name.replace("__", "."): value for name, value in settings.items()}, "ds": {}}
+
+
+def ds(settings=None, **keys):
+    """Changes to the run file, and a DeepSpeed JSON."""
+    return {"run": {name.replace("__", "."): value for name, value in (settings or {}).items()}, "ds": keys}
+
+
+def zero(stage, settings=None, **keys):
+    return ds(settings, zero_optimization={"stage": stage, **keys})
+
+
+# name of the row -> (what breaks it, the words of the line that is shown, what does not)
+EXAMPLES = {
+    "model_path_or_config": (run(model__config={"model_type": "llama"}, model__tokenizer="t"), '"model":', run()),
+    "scratch_needs_tokenizer": (
+        run(model__path=None, model__config="c.json"),
+        '"config":',
+        run(model__path=None, model__config="c.json", model__tokenizer="t"),
+    ),
+    "adapter_needs_pretrained": (
+        run(model__path=None, model__config="c.json", model__tokenizer="t", adapter__lora={"rank": 4}),
+        '"adapter":',
+        run(adapter__lora={"rank": 4}),
+    ),
+    "dtype_agrees_with_precision": (run(model__dtype="float16"), '"dtype":', run(model__dtype="bfloat16")),
+    "flash_needs_half": (
+        run(model__attention="flash_attention_2", train__precision="fp32"),
+        '"attention":',
+        run(model__attention="flash_attention_2"),
+    ),
+    "steps_or_epochs": (run(train__max_steps=5, train__epochs=1), '"epochs":', run(train__epochs=1)),
+    "min_learning_rate_below_peak": (
+        run(train__min_learning_rate=1e-3),
+        '"min_learning_rate":',
+        run(train__min_learning_rate=1e-4),
+    ),
+    "constant_has_no_minimum": (
+        run(train__min_learning_rate=1e-5, train__schedule="constant"),
+        '"min_learning_rate":',
+        run(train__min_learning_rate=0.0, train__schedule="constant"),
+    ),
+    "warmup_fits": (
+        run(train__max_steps=5, train__warmup_steps=5),
+        '"warmup_steps":',
+        run(train__max_steps=5, train__warmup_steps=4),
+    ),
+    "max_steps_for_total_num_steps": (
+        ds(scheduler={"type": "WarmupDecayLR"}),
+        '"scheduler":',
+        ds({"train__max_steps": 5}, scheduler={"type": "WarmupDecayLR"}),
+    ),
+    "stage_is_named": (ds(zero_optimization={"overlap_comm": True}), '"zero_optimization":', ds()),
+    "stage_is_1_2_3": (zero(0), '"stage": 0', zero(1)),
+    "one_precision": (
+        ds(bf16={"enabled": True}, fp16={"enabled": True, "hysteresis": 2}),
+        '"enabled": true,',
+        ds(bf16={"enabled": True}, fp16={"enabled": False}),
+    ),
+    "offload_param_needs_stage_3": (
+        zero(2, offload_param={"device": "cpu"}),
+        '"offload_param":',
+        zero(2, offload_param={"device": "none"}),
+    ),
+    "nvme_optimizer_needs_stage_3": (zero(2, offload_optimizer=NVME), '"device":', zero(3, offload_optimizer=NVME)),
+    "nvme_path_for_offload_optimizer": (
+        zero(3, offload_optimizer={"device": "nvme"}),
+        '"device":',
+        zero(3, offload_optimizer=NVME),
+    ),
+    "nvme_path_for_offload_param": (
+        zero(3, offload_param={"device": "nvme", "nvme_path": ""}),
+        '"device":',
+        zero(3, offload_param=NVME),
+    ),
+    "partial_offload_needs_stage_3": (
+        zero(2, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+        '"ratio":',
+        zero(2, offload_optimizer={"device": "cpu", "ratio": 1.0}),
+    ),
+    "no_elastic_checkpoint": (zero(2, elastic_checkpoint=True), '"elastic_checkpoint":', zero(2, elastic_checkpoint=False)),
+    "bf16_states_need_bf16_masters": (
+        ds(bf16={"enabled": True, "bf16_optimizer_states": True}),
+        '"bf16_optimizer_states":',
+        ds(bf16={"enabled": True, "bf16_optimizer_states": True, "bf16_master_weights_and_grads": True}),
+    ),
+    "mean_allreduce": (ds(gradient_allreduce_op="sum"), '"gradient_allreduce_op":', ds(gradient_allreduce_op="mean")),
+    "no_prescale": (ds(prescale_gradients=True), '"prescale_gradients":', ds(prescale_gradients=False)),
+    "no_predivide": (ds(gradient_predivide_factor=2.0), '"gradient_predivide_factor":', ds(gradient_predivide_factor=1.0)),
+    "grad_norm_is_computed": (zero(2, compute_grad_norm=False), '"compute_grad_norm":', zero(2, compute_grad_norm=True)),
+    "communication_data_type_name": (
+        ds(communication_data_type="float32"),
+        '"communication_data_type":',
+        ds(communication_data_type="fp32"),
+    ),
+    "grad_accum_dtype_name": (
+        ds(data_types={"grad_accum_dtype": "fp64"}),
+        '"grad_accum_dtype":',
+        ds(data_types={"grad_accum_dtype": "fp32"}),
+    ),
+    "buffer_dtype_name": (ds(data_types={"buffer_dtype": "fp8"}), '"buffer_dtype":', ds(data_types={"buffer_dtype": "bf16"})),
+    "param_dtype_is_precision": (
+        ds({"train__precision": "bf16"}, data_types={"param_dtype": "fp16"}),
+        '"param_dtype":',
+        ds({"train__precision": "bf16"}, data_types={"param_dtype": "bf16"}),
+    ),
+    "tag_validation_name": (
+        ds(checkpoint={"tag_validation": "loud"}),
+        '"tag_validation":',
+        ds(checkpoint={"tag_validation": "Fail"}),
+    ),
+    "removed_optimizer": (ds(optimizer={"type": "OneBitAdam"}), '"type":', ds(optimizer={"type": "Adam"})),
+    "muon_stage_3": (
+        ds(optimizer={"type": "Muon"}, zero_optimization={"stage": 3}),
+        '"type":',
+        ds(optimizer={"type": "Muon"}, zero_optimization={"stage": 3, "reduce_scatter": False}),
+    ),
+    "schedule_with_another_schedule": (
+        ds({"train__schedule": "linear"}, scheduler={"type": "OneCycle"}),
+        '"schedule":',
+        ds(scheduler={"type": "OneCycle"}),
+    ),
+    "warmup_steps_with_another_schedule": (
+        ds({"train__warmup_steps": 3}, scheduler={"type": "OneCycle"}),
+        '"warmup_steps":',
+        ds({"train__warmup_steps": 3}, scheduler={"type": "WarmupLR"}),
+    ),
+    "min_learning_rate_with_schedule_block": (
+        ds({"train__min_learning_rate": 1e-5, "train__max_steps": 9}, scheduler={"type": "WarmupCosineLR"}),
+        '"min_learning_rate":',
+        ds({"train__min_learning_rate": 0, "train__max_steps": 9}, scheduler={"type": "WarmupCosineLR"}),
+    ),
+    **{
+        f"{name}_with_another_optimizer": (
+            ds({f"train__{name}": value}, optimizer={"type": "SGD", "params": {}}),
+            f'"{name}":',
+            ds({f"train__{name}": value}, optimizer={"type": "SGD", "params": {name: "auto"}}),
+        )
+        for name, value in (("betas", [0.9, 0.99]), ("eps", 1e-6), ("weight_decay", 0.1))
+    },
+}
+
+
+def zero_key(stage, path):
+    """A JSON that says 1 of a key of `zero_optimization`."""
+    block, _, name = path.rpartition(".")
+    return zero(stage, **({block: {"device": "cpu", name: 1}} if block else {name: 1}))
+
+
+for row in CONSTRAINTS:  # the rows that are made from a list of keys
+    key = row.at.removeprefix("deepspeed.zero_optimization.")
+    words = f'"{key.rpartition(".")[2]}": 1'
+    if row.name == f"{key}_needs_stage_3":
+        EXAMPLES.setdefault(row.name, (zero_key(2, key), words, zero_key(3, key)))
+    elif row.name == f"{key}_below_stage_3":
+        EXAMPLES.setdefault(row.name, (zero_key(3, key), words, zero_key(2, key)))
+
+
+def written(example, folder):
+    """The two files of an example, as JSON with one value a line, which is YAML too."""
+    tree = json.loads(json.dumps({**BASE, "checkpoint": {"folder": "o"}}))
+    for path, value in example["run"].items():
+        section, _, name = path.partition(".")
+        tree.setdefault(section, {})[name] = value
+    Path(folder, "run.yaml").write_text(json.dumps(tree, indent=1))
+    Path(folder, "ds.json").write_text(json.dumps(example["ds"], indent=1))
+    return Path(folder, "run.yaml"), Path(folder, "ds.json")
+
+
+def test_every_row_has_an_example_a_name_of_its_own_and_a_source():
+    names = [row.name for row in CONSTRAINTS]
+    assert len(set(names)) == len(names)
+    assert set(names) == EXAMPLES.keys(), "a row without an example, or an example without a row"
+    assert all(row.source for row in CONSTRAINTS)
+
+
+@pytest.mark.parametrize("row", CONSTRAINTS, ids=[row.name for row in CONSTRAINTS])
+def test_a_row_is_broken_at_its_line_and_spares_a_near_miss(row, tmp_path):
+    broken, words, near = EXAMPLES[row.name]
+    files = written(broken, tmp_path)
+    with pytest.raises(ArgumentsError) as caught:
+        resolve(files[0], deepspeed=files[1])
+    lines = [
+        f"{file}:{number}"
+        for file in files
+        for number, line in enumerate(file.read_text().split("\n"), 1)
+        if words in line and (file.suffix == ".json" or row.at.partition(".")[0] != "deepspeed")
+    ]
+    assert len(lines) == 1, f"the words {words!r} must name one line"
+    [problem] = caught.value.problems
+    assert problem.where == lines[0], problem
+    assert "{" not in problem.what.replace('": {', "").replace('{"', ""), f"a word was not filled in: {problem.what}"
+    beginning = row.say.partition("{")[0][:20]
+    assert problem.what.startswith(beginning)
+
+    files = written(near, tmp_path)
+    resolve(files[0], deepspeed=files[1])
+
+
+def test_messages_name_the_zero_stage_and_not_the_stage_of_training(tmp_path):
+    files = written(zero(2, stage3_max_live_parameters=1), tmp_path)
+    with pytest.raises(ArgumentsError, match="at ZeRO stage 3 only, and the stage is 2"):
+        resolve(files[0], deepspeed=files[1])
+
+
+def test_several_broken_rows_are_shown_together(tmp_path):
+    example = zero(2, {"train__epochs": 1, "train__max_steps": 3}, offload_param={"device": "nvme"}, sub_group_size=3)
+    files = written(example, tmp_path)
+    with pytest.raises(ArgumentsError) as caught:
+        resolve(files[0], deepspeed=files[1])
+    assert len(caught.value.problems) == 4
+
+
+def test_precisions_have_torchs_names():
+    torch = pytest.importorskip("torch")
+    assert all(getattr(torch, name) for name in DTYPES.values())
