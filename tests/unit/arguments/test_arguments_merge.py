@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from ds_trainer import check
 from ds_trainer.arguments.constraints import CONSTRAINTS
 from ds_trainer.arguments.deepspeed_keys import SHARED, TOP_LEVEL, UNCHECKED_BLOCKS
-from ds_trainer.arguments.merge import ALIASES, resolve
+from ds_trainer.arguments.explain import ALIASES
+from ds_trainer.arguments.merge import resolve
 from ds_trainer.arguments.schema import RunSettings
 from ds_trainer.errors import ArgumentsError
 
@@ -311,7 +312,7 @@ def test_other_trainers_names_are_translated(files, alias):
 
 
 def test_every_translation_names_a_setting_that_exists(files):
-    from ds_trainer.arguments.merge import _fields
+    from ds_trainer.arguments.explain import _fields
 
     assert {name.partition(":")[0] for name in ALIASES.values()} <= _fields(RunSettings).keys()
 
