@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -23,6 +27,11 @@ if TYPE_CHECKING:
     from ds_trainer.launch.commands import Commands
     from ds_trainer.launch.detect import Launch
     from ds_trainer.monitor.run_folder import RunFolder
+
+_LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
+"""What gloo and NCCL say when a process at the other end is gone."""
+
+_ending = threading.Lock()
 
 app = typer.Typer(
     name="ds_trainer",
@@ -117,8 +126,8 @@ def debug(
 
     The engine is the same: real DeepSpeed, the configured ZeRO stage and offload. Nothing is saved.
     """
-    resolved = _resolve(config, deepspeed, overrides, sets, "never")
     launch = _single_process()
+    resolved = _resolve(config, deepspeed, overrides, sets, "never")
 
     from ds_trainer.debug import debug
     from ds_trainer.monitor import logs
@@ -280,8 +289,10 @@ def _single_process() -> Launch:
 
 def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any], str]) -> int:
     """Run a story with its output in the run folder, and account there for how it ended."""
+    from ds_trainer.checkpoint.layout import newest_step
     from ds_trainer.monitor import logs
     from ds_trainer.monitor.run_folder import RunFolder
+    from ds_trainer.monitor.signals import on_ending_signal
 
     folder = RunFolder(Path(resolved.settings.checkpoint.folder), launch.rank)
     folder.create()
@@ -289,40 +300,89 @@ def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any
     if launch.rank == 0:
         folder.clear_errors()
     logs.to_log_file(folder.log)
-    commands = dataclasses.replace(_commands(), device_count=launch.local_world_size)
-    command = commands.deepspeed() if launch.launcher == "deepspeed" else commands.torchrun()
+    command = _continue_command(resolved, launch)
+    on_ending_signal(lambda number: _account_for(Stopped(number), folder, launch, console, command))
     try:
         last_word = story(folder, console)
     except BaseException as error:
         _account_for(error, folder, launch, console, command)
     if launch.rank == 0:
-        folder.finish(EXIT_DONE, "done", command=command)
+        folder.finish(EXIT_DONE, "done", step=newest_step(folder.checkpoints), command=command)
         console.print(last_word, markup=False)
     return EXIT_DONE
 
 
-def _account_for(error: BaseException, folder: RunFolder, launch: Launch, console: Console, command: str) -> None:
-    """Name the first failing rank and the cause in one block, and leave at once: the other ranks may wait for ever."""
-    code = error.exit_code if isinstance(error, DsTrainerError) else EXIT_FAILED
-    text = str(error) if isinstance(error, DsTrainerError) else f"{type(error).__name__}: {str(error)[:500]}"
-    if isinstance(error, KeyboardInterrupt):
-        code, text = 130, "interrupted"
-    if folder.record_error(error):
-        import socket
+class Stopped(BaseException):
+    """A signal asked this process to end."""
 
-        console.print(
-            f"\nds_trainer: rank {launch.rank} of {launch.world_size} on {socket.gethostname()} failed first:", markup=False
-        )
-        console.print(text, markup=False)
-        if not isinstance(error, RefusedError):
-            console.print(f"Traceback: {folder.path / 'errors'}. Log: {folder.log}.", markup=False)
-            console.print(
-                f"When the cause is mended, the run goes on from its newest checkpoint with\n  {command}", markup=False
-            )
-        folder.finish(code, text, command=command)
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"stopped by {number.name}" + (" (Ctrl-C)" if number == signal.SIGINT else ""))
+        self.exit_code = 128 + number
+
+
+def _continue_command(resolved: Resolved, launch: Launch) -> str:
+    """What goes on where this start ends: the same command, without a `--resume` that would go back."""
+    arguments = list(sys.argv[1:])
+    for index in reversed([index for index, each in enumerate(arguments) if re.match(r"--resume(=|$)", each)]):
+        del arguments[index : index + (1 if "=" in arguments[index] else 2)]
+    if resolved.settings.checkpoint.resume != "auto":
+        arguments += ["--resume", "auto"]
+    commands = dataclasses.replace(_commands(), arguments=tuple(arguments), device_count=launch.local_world_size)
+    return commands.deepspeed() if launch.launcher == "deepspeed" else commands.torchrun()
+
+
+def _account_for(error: BaseException, folder: RunFolder, launch: Launch, console: Console, command: str) -> NoReturn:
+    """Name the first failing rank and the cause in one block, and leave at once: the other ranks may wait for ever."""
+    _ending.acquire()  # until the end: a signal that comes now must not cut the last words short
+    code = getattr(error, "exit_code", EXIT_FAILED)
+    text = _in_words(error)
+    if folder.record_error(error):
+        from ds_trainer.checkpoint.layout import newest_step
+
+        step = newest_step(folder.checkpoints)
+        for line in _last_words(error, text, folder, launch, step, command):
+            console.print(line, markup=False)
+        folder.finish(code, text, step=step, command=command)
+    console.show_cursor()  # a progress bar hides it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _last_words(
+    error: BaseException, text: str, folder: RunFolder, launch: Launch, step: int | None, command: str
+) -> list[str]:
+    """What the terminal says at the end of a start that failed."""
+    import socket
+
+    who = f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()}"
+    if isinstance(error, RefusedError):
+        return [f"ds_trainer: {text}", *([f"({who})"] if launch.node_count > 1 else [])]
+    onwards = f"The run goes on from step {step}" if step else "There is no checkpoint yet: the run starts anew"
+    if isinstance(error, Stopped):
+        return [f"ds_trainer: {text}. {onwards} with: {command}"]
+    return [
+        f"\nds_trainer: {who} failed first:",
+        *(f"  {line}" for line in text.splitlines()),
+        f"Traceback: {folder.error}",
+        f"Log: {folder.log}",
+        f"{onwards}, when the cause is mended, with",
+        f"  {command}",
+    ]
+
+
+def _in_words(error: BaseException) -> str:
+    """What happened, for somebody who does not read tracebacks."""
+    if isinstance(error, DsTrainerError | Stopped):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {str(error)[:500]}"
+    if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
+        return (
+            "lost the connection to another rank, which ended without a word. Was it killed, for want of memory perhaps? "
+            f"`dmesg` on its host and the launcher's lines tell.\n({text.splitlines()[0]})"
+        )
+    return f"{text}\n({frame.filename}:{frame.lineno}, in {frame.name})"
 
 
 def _post_mortem() -> None:

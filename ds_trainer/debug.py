@@ -34,8 +34,12 @@ def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Consol
     Raises:
         DsTrainerError: with a text for the user.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # that of loading weights
     progress = Progress(console)
     say = partial(console.print, markup=False)
+    folder.metrics.unlink(missing_ok=True)  # those of the debug run before
     prepared = prepare(resolved, launch, say, keep_global=True)
     for text in shown_rows(prepared, show_rows, console.is_terminal):
         console.print(text)
@@ -51,9 +55,8 @@ def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Consol
             device=prepared.device,
             write_events=lambda events: None,
         )
-        progress.start(0, plan.max_steps)
-        loop.train(engine, device_windows(prepared, engine, state), state, plan, recorder, after_step=lambda state: None)
-        progress.stop()
+        with progress.bar(0, plan.max_steps):
+            loop.train(engine, device_windows(prepared, engine, state), state, plan, recorder, after_step=lambda state: None)
         engine.close()
     say(f"{state.step} steps ran in one process; nothing was saved. Metrics: {folder.metrics}")
 

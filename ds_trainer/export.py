@@ -53,16 +53,19 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     if merge and settings.adapter is None:
         raise RefusedError(f"{run} trained all weights: there is no adapter to merge. Leave --merge out.")
     precision = precision or settings.train.precision
-    report(f"exporting {found.path} (step {found.manifest['step']}) in {precision}")
-
-    tokenizer = load_tokenizer(settings.model)
-    model = rebuild(found, settings, tokenizer)
-    if merge:
-        model = model.merge_and_unload()
-    model = model.to(getattr(torch, DTYPES[precision]))
     partial = to.parent / f".partial-{to.name}"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise RefusedError(f"--to {to}: cannot be written ({error.strerror}). Name a folder you can write to.") from None
+    report(f"exporting {found.path} (step {found.manifest['step']}) in {precision}")
+    try:
+        tokenizer = load_tokenizer(settings.model)
+        model = rebuild(found, settings, tokenizer)
+        if merge:
+            model = model.merge_and_unload()
+        model = model.to(getattr(torch, DTYPES[precision]))
         write(model, tokenizer, settings, partial, precision)
         del model
         reloaded = reload(partial, settings, adapter=settings.adapter is not None and not merge, precision=precision)
@@ -133,8 +136,7 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
 
 
 def write(model: Any, tokenizer: Any, settings: RunSettings, folder: Path, precision: str) -> None:
-    """Write weights, config and tokenizer, with the chat template that was trained on."""
-    folder.mkdir(parents=True)
+    """Write weights, config and tokenizer, with the chat template that was trained on, into an empty folder."""
     if settings.train.stage == "sft":
         tokenizer.chat_template = effective_chat_template(tokenizer, settings.data.chat_template)
     if hasattr(model, "peft_config"):

@@ -31,12 +31,13 @@ from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
 from ds_trainer.checkpoint import manager
 from ds_trainer.data import order
+from ds_trainer.data.cache import head_start_of
 from ds_trainer.data.loader import TokenRows, evaluation_batches, windows
 from ds_trainer.data.prepare import prepare_rows
 from ds_trainer.engine import sharded_weights
-from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, sharded_construction
+from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, require_precision, sharded_construction
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import ArgumentsError, DataError, ResumeError, TrainingError
+from ds_trainer.errors import ArgumentsError, DataError, ModelError, ResumeError, TrainingError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_lora, base_of
@@ -109,16 +110,15 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
             device=prepared.device,
             write_events=engine.write_events,
         )
-        progress.start(state.step, prepared.plan.max_steps)
-        loop.train(
-            engine,
-            device_windows(prepared, engine, state),
-            state,
-            prepared.plan,
-            recorder,
-            after_step=partial(evaluate_and_save, prepared, engine, folder, recorder),
-        )
-        progress.stop()
+        with progress.bar(state.step, prepared.plan.max_steps):
+            loop.train(
+                engine,
+                device_windows(prepared, engine, state),
+                state,
+                prepared.plan,
+                recorder,
+                after_step=partial(evaluate_and_save, prepared, engine, folder, recorder),
+            )
         engine.close()
     return state
 
@@ -139,8 +139,17 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, keep_global: 
     if problems := validate_blocks(resolved.deepspeed):
         raise ArgumentsError(problems)
 
+    require_precision(settings.train.precision)
     tokenizer = load_tokenizer(settings.model)
     model_config = load.load_config(settings.model)
+    limits = partial(
+        load.check_fit,
+        model_config,
+        seq_len=settings.data.seq_len,
+        tokens=len(tokenizer),
+        resize=settings.model.resize_vocabulary,
+    )
+    limits(max_token_id=-1)  # what can be refused before the data is tokenised
     implementation = attention.choose_attention(settings.model.attention, model_config, device.type, settings.train.precision)
     cache = Path(settings.data.cache_folder or Path(settings.checkpoint.folder).parent / "data_cache")
     rows_of = partial(
@@ -150,18 +159,19 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, keep_global: 
         tokenizer=tokenizer,
         seq_len=settings.data.seq_len,
         cache_folder=cache,
-        report=report,
+        head_start=head_start_of(launch.rank, launch.local_rank),
     )
-    rows = rows_of(settings.data.sources)
-    held_out = rows_of(settings.evaluate.sources) if settings.evaluate else None
-    load.check_fit(
-        model_config,
-        seq_len=settings.data.seq_len,
-        tokens=len(tokenizer),
-        max_token_id=max(rows.max_token_id, held_out.max_token_id if held_out else 0),
-        resize=settings.model.resize_vocabulary,
-    )
+    rows = rows_of(settings.data.sources, report=lambda line: report(f"data: {line}"))
+    held_out = None
+    if settings.evaluate:
+        held_out = rows_of(settings.evaluate.sources, report=lambda line: report(f"held-out data: {line}"))
+    limits(max_token_id=max(rows.max_token_id, held_out.max_token_id if held_out else 0))
     config = build_engine_config(resolved, batch, hidden_size=hidden_size_of(model_config.to_dict()), device_type=device.type)
+    if autos := [name for name, value in config.config["zero_optimization"].items() if value == "auto"]:
+        raise ModelError(
+            f'DeepSpeed\'s {", ".join(autos)} are "auto", which is computed from hidden_size, and a {model_config.model_type} '
+            f"config has none. Write numbers, for example deepspeed.zero_optimization.{autos[0]}=16777216."
+        )
     prepared = Prepared(
         resolved=resolved,
         launch=launch,
@@ -206,20 +216,31 @@ def plan_steps(resolved: Resolved, num_rows: int, batch: BatchPlan) -> loop.Plan
     )
 
 
+def optimizer_name(prepared: Prepared) -> str:
+    """Which optimizer moves the weights: an implementation of AdamW, or what the DeepSpeed JSON names."""
+    kind = optimizer_kind(prepared.resolved, prepared.device.type)
+    written = prepared.resolved.deepspeed.find("optimizer.type")
+    return kind if kind != "deepspeed" or written is None else str(written.value)
+
+
 def summary(prepared: Prepared) -> list[str]:
     """What is about to run, in a few lines."""
     settings, plan = prepared.resolved.settings, prepared.plan
     rows_fed = plan.total_rows or plan.max_steps * plan.global_batch_size
     offload = {what: offload_device(prepared.resolved, what) for what in ("offload_optimizer", "offload_param")}  # type: ignore[arg-type]
     kept = "".join(f", {what.removeprefix('offload_')} on {device}" for what, device in offload.items() if device != "none")
-    optimizer = optimizer_kind(prepared.resolved, prepared.device.type)
-    return [
-        f"engine: ZeRO-{zero_stage(prepared.resolved)}{kept}, {settings.train.precision}, optimizer {optimizer}, "
+    lines = [
+        f"engine: ZeRO-{zero_stage(prepared.resolved)}{kept}, {settings.train.precision}, optimizer {optimizer_name(prepared)}, "
         f"{prepared.launch.world_size} x {prepared.device.type} started by {prepared.launch.launcher}",
         f"batch: {prepared.batch}",
         f"length: {plan.max_steps} steps, {rows_fed} rows, {rows_fed / prepared.rows.num_rows:.2f} epochs",
         f"attention: {prepared.attention}; rows {'packed' if settings.data.packing else 'padded'} to {settings.data.seq_len}",
     ]
+    if offload["offload_optimizer"] == "nvme":
+        lines.append(
+            "NOT RESUMABLE: DeepSpeed restores an optimizer on nvme wrongly; checkpoints of this run can be exported only"
+        )
+    return lines
 
 
 def require_agreement(prepared: Prepared) -> None:
@@ -344,6 +365,7 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
             report(f"removed {name}, which a killed start left unfinished")
     found = manager.find(folder.checkpoints, settings.checkpoint.resume, report, has_history=folder.metrics.exists())
     if found is None:
+        set_aside(folder, 0, report)
         return TrainState()
     written, ours = found.manifest["run"], run_identity(prepared)
     for name, value in ours.items():
@@ -366,10 +388,19 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
             f"{found.path} was loaded, but the model computes a loss of {loss:.6f} where {probe['loss']:.6f} was saved with "
             "it. Were the base model or the held-out data changed? Start anew with --resume never."
         )
+    set_aside(folder, state.step, report)
     report(f"RESUMING from {found.path}: step {state.step}, {state.rows_consumed} rows consumed")
     if comm.rank() == 0:
         folder.event("resumed", path=str(found.path), step=state.step)
     return state
+
+
+def set_aside(folder: RunFolder, step: int, report: Report) -> None:
+    """Rename the checkpoints beyond the step the run goes on from: they are damaged, or of a run that is not continued."""
+    if comm.rank() == 0:
+        for old, new in manager.set_aside(folder.checkpoints, step):
+            report(f"checkpoint {old} does not belong to what is trained from here on: renamed to {new}")
+            folder.event("set_aside", path=old, to=new)
 
 
 def run_identity(prepared: Prepared) -> dict[str, Any]:
@@ -379,7 +410,7 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "ranks": prepared.launch.world_size,
         "zero_stage": zero_stage(prepared.resolved),
         "precision": settings.train.precision,
-        "optimizer": optimizer_kind(prepared.resolved, prepared.device.type),
+        "optimizer": optimizer_name(prepared),
         "model": digest({**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}),
         "adapter": settings.adapter.model_dump(mode="json") if settings.adapter else None,
         "global_batch_size": prepared.plan.global_batch_size,

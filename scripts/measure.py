@@ -117,7 +117,7 @@ def loading_memory() -> Iterator[str]:
 
 
 def resume(offload: bool) -> Iterator[str]:
-    from conftest import metrics
+    from helpers import metrics
     from test_resume import states
 
     folder = fresh("resume")

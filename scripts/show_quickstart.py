@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 MARGIN = 0.5
 """Nats by which the held-out loss must be below the unigram entropy: less would be no clear success."""
@@ -18,6 +19,7 @@ def held_out_loss(run: Path) -> float:
 
 def main() -> int:
     out = Path(sys.argv[1])
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(out / "sft" / "export")
     model = AutoModelForCausalLM.from_pretrained(out / "sft" / "export")
     question = "What does this do in Python's module os?\ndef makedirs(name, mode=511, exist_ok=False)"

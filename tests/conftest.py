@@ -1,97 +1,15 @@
-"""What several test folders share: launching ranks with a time limit, a small corpus, run files."""
+"""Fixtures that several test folders share: a small corpus and run files."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).parents[1]
-
-
-@dataclass
-class Done:
-    """How a launched command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def text(self) -> str:
-        return self.out + self.err
-
-
-def clean_environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what launchers leave, for one thread a process on the CPU."""
-    marks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in marks and not name.startswith(("SLURM_", "OMPI_", "PMI", "ACCELERATE_", "TORCHELASTIC_"))
-    }
-    path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **extra}
-
-
-def run_command(
-    arguments: list[str], *, cwd: Path, timeout: float = 180, env: dict[str, str] | None = None
-) -> Done:
-    """Run a command in a session of its own; when its time is up, everything it started is killed."""
-    process = subprocess.Popen(
-        arguments,
-        cwd=cwd,
-        env=env or clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"{' '.join(arguments)} did not end within {timeout} s\n{out[-3000:]}\n{err[-3000:]}")
-    return Done(process.returncode, out, err)
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def torchrun(ranks: int, *arguments: str) -> list[str]:
-    """The torchrun command for a module (`-m`, name, ...) or a script."""
-    return ["torchrun", "--nproc-per-node", str(ranks), *arguments]
-
-
-TINY_LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+from helpers import TINY_LLAMA
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +19,25 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("corpus")
-    words = "the model reads a row of tokens and predicts the next one from all before it".split()
+    sentence = "the model reads a row of tokens and predicts the next one from all before it"
+    words = sentence.split()
+        "the",
+        "model",
+        "reads",
+        "a",
+        "row",
+        "of",
+        "tokens",
+        "and",
+        "predicts",
+        "the",
+        "next",
+        "one",
+        "from",
+        "all",
+        "before",
+        "it",
+    ]
     texts = [" ".join(words[(i * 7 + j) % len(words)] for j in range(3 + i * 11 % 60)) for i in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     talks = [
@@ -118,9 +54,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -161,9 +95,3 @@ def run_file(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that belong to training steps."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]

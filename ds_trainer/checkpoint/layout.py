@@ -6,6 +6,7 @@
         manifest.json             state of the run, and size and SHA-256 of every other file
         ...                       DeepSpeed's files
       .partial-step_00000200/     being written, or left by a killed run: never read
+      aside_1_step_00000300/      beyond the step a later start went on from: damaged or abandoned, never read
 
 Source of the protocol: docs/design/checkpoints.md.
 """
@@ -41,6 +42,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint in a folder; None when there is none."""
+    names = [path.name for path in complete_checkpoints(folder)]
+    return int(names[-1].removeprefix("step_")) if names else None
 
 
 def leftovers(folder: Path) -> list[Path]:

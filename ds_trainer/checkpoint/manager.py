@@ -57,7 +57,11 @@ def save(
         partial.mkdir()
 
     _all_or_none(begin if comm.rank() == 0 else None, folder, partial)
-    _all_or_none(lambda: write(folder, partial.name), folder, partial)
+    try:
+        write(folder, partial.name)
+    except Exception as error:
+        # Said at once, by this rank alone: the others wait in DeepSpeed's own barriers, and would never come to ours.
+        raise _not_written(comm.rank(), _in_a_line(error), folder, partial) from error
     files = layout.data_files(partial)
     mine: dict[str, Any] = {}
 
@@ -127,6 +131,26 @@ def remove_leftovers(folder: Path) -> list[str]:
     return [path.name for path in found]
 
 
+def set_aside(folder: Path, step: int) -> list[tuple[str, str]]:
+    """Rename the checkpoints after a step, so that no later start takes them for the newest; rank zero's business.
+
+    Without it, a run that goes on from an older step would be resumed from them, and `save` would remove its own
+    checkpoints as the older ones.
+
+    Returns:
+        The old name and the new one of each.
+    """
+    renamed = []
+    for path in layout.complete_checkpoints(folder):
+        if int(path.name.removeprefix("step_")) > step:
+            number = 1
+            while (target := folder / f"aside_{number}_{path.name}").exists():
+                number += 1
+            path.rename(target)
+            renamed.append((path.name, target.name))
+    return renamed
+
+
 def _verify(path: Path) -> tuple[Found | None, str]:
     """Check every file against the manifest, the files shared out among the ranks. Collective."""
     try:
@@ -146,18 +170,25 @@ def _all_or_none(action: Callable[[], None] | None, folder: Path, partial: Path)
         if action is not None:
             action()
     except Exception as error:  # torch's writer raises RuntimeError for a full disk, DeepSpeed a bare OSError
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        problem = _in_a_line(error)
     problems = [(rank, text) for rank, text in enumerate(comm.gather_objects(problem)) if text]
     if not problems:
         return
-    rank, text = problems[0]
+    raise _not_written(*problems[0], folder, partial)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _not_written(rank: int, text: str, folder: Path, partial: Path) -> CheckpointError:
+    """What to say about a failed save. Removes what was written of it."""
     free = shutil.disk_usage(folder if folder.is_dir() else ".").free
-    if comm.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     kept = layout.complete_checkpoints(folder)
-    raise CheckpointError(
+    return CheckpointError(
         f"the checkpoint {partial.name.removeprefix(layout.PARTIAL)} could not be written in {folder} "
-        f"(rank {rank}: {text}; {free / 2**30:.2f} GiB were free on the disk). "
+        f"(rank {rank}: {text}; {'the disk is full' if free < 1 << 20 else f'{free / 2**30:.2f} GiB were free'}). "
         + (f"{kept[-1].name} is complete and kept." if kept else "There is no earlier checkpoint.")
         + " Free space or move checkpoint.folder to a larger disk, and start the same command again."
     )

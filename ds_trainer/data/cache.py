@@ -2,16 +2,19 @@
 
 Any number of processes may ask for the same folder at once. One builds it in a temporary folder beside it, under a lock
 that the kernel releases when its owner dies; the others wait. Only the rename at the end makes the folder visible.
+So that the process which shows its progress is the one that builds, the others give it a head start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +32,9 @@ from ds_trainer.errors import DataError
 META = "meta.json"
 HASHED_WHOLE_BYTES = 64 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 20
+_POLL_SECONDS = 0.05
+_STARTED = time.time()
+"""A failure written down before this process began is that of an earlier start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,14 @@ def describe_file(path: Path) -> dict[str, Any]:
     }
 
 
-def build_once(folder: Path, build: Callable[[Path], Mapping[str, Any]], *, what: str, report: Report) -> dict[str, Any]:
+def build_once(
+    folder: Path,
+    build: Callable[[Path], Mapping[str, Any]],
+    *,
+    what: str,
+    report: Report,
+    head_start: float = 0.0,
+) -> dict[str, Any]:
     """Make sure that `folder` exists and is whole; build it if need be.
 
     Args:
@@ -86,6 +99,7 @@ def build_once(folder: Path, build: Callable[[Path], Mapping[str, Any]], *, what
         build: fills the empty folder it is given, and returns what is to be known about it; kept in `meta.json`.
         what: names the content in reports.
         report: is told about waiting, and about a damaged folder that is built again.
+        head_start: seconds that another process is given to begin, before this one builds; see `head_start_of`.
 
     Returns:
         What `build` returned, now or in an earlier process, and the sizes of the files.
@@ -98,7 +112,9 @@ def build_once(folder: Path, build: Callable[[Path], Mapping[str, Any]], *, what
         return meta
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(folder.name + ".lock"), what, report) as failure:
+        lock = folder.with_name(folder.name + ".lock")
+        _wait_for_a_builder(folder, lock, head_start)
+        with _lock(lock, what, report) as failure:
             meta, damage = _read_meta(folder)  # another process may have built it while this one waited
             if meta is not None:
                 return meta
@@ -108,7 +124,7 @@ def build_once(folder: Path, build: Callable[[Path], Mapping[str, Any]], *, what
             try:
                 return _build(folder, build)
             except DataError as error:
-                failure.write(str(error))
+                failure(str(error))
                 raise
     except OSError as error:
         raise DataError(
@@ -225,9 +241,38 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any] | None, str]:
     return meta, ""
 
 
+def head_start_of(rank: int, local_rank: int) -> float:
+    """How long a rank leaves the building to another: rank zero, whose terminal shows the progress, begins at once.
+
+    Where the cache is on a shared disk, rank zero's files serve all hosts; where it is not, the first rank of each host
+    builds after seconds. The others wait for it until it is clear that it does not come.
+    """
+    if rank == 0:
+        return 0.0
+    return 3.0 if local_rank == 0 else 60.0
+
+
+def _wait_for_a_builder(folder: Path, lock: Path, seconds: float) -> None:
+    """Return when somebody has begun to build the folder since this process began, or the time is up.
+
+    The lock itself is not tried: for the moment that takes, the builder would find it held.
+
+    Raises:
+        DataError: the builder came and has already failed.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not folder.exists():
+        with contextlib.suppress(FileNotFoundError), open(lock, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mtime >= _STARTED and _owner(file):
+                if failure := _failure(file):
+                    raise DataError(failure)
+                return
+        time.sleep(_POLL_SECONDS)
+
+
 @contextmanager
-def _lock(path: Path, what: str, report: Report) -> Iterator[IO[str]]:
-    """Hold the lock file, and give it to write down why the build failed.
+def _lock(path: Path, what: str, report: Report) -> Iterator[Callable[[str], None]]:
+    """Hold the lock file; gives a function that writes down in it why the build failed.
 
     Raises:
         DataError: the process that was waited for failed; this one would fail in the same way, as late.
@@ -236,14 +281,31 @@ def _lock(path: Path, what: str, report: Report) -> Iterator[IO[str]]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report(f"waiting for another process that builds the {what} ({path})")
+            report(f"waiting for another process that builds the {what}: {_owner(file) or 'one just begun'} ({path})")
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            failure = file.read()
-            if failure:
+            if failure := _failure(file):
                 raise DataError(failure) from None
         file.truncate(0)
-        yield file
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+        def failed(text: str) -> None:
+            file.write(text)
+            file.flush()
+
+        yield failed
+
+
+def _owner(file: IO[str]) -> str:
+    """Who holds the lock, or held it last: the first line; empty when nobody has."""
+    file.seek(0)
+    return file.readline().strip()
+
+
+def _failure(file: IO[str]) -> str:
+    """Why the last build failed: what follows the first line; empty when it did not."""
+    file.seek(0)
+    return file.read().partition("\n")[2]
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def prepare_rows(
     seq_len: int,
     cache_folder: Path,
     report: Report,
+    head_start: float = 0.0,
 ) -> TokenRows:
     """Tokenise and pack the sources, or open what an earlier start has made of them.
 
@@ -59,6 +60,7 @@ def prepare_rows(
         seq_len: positions in a row, padding included.
         cache_folder: created if it is missing.
         report: takes lines for the user: formats, progress, a summary.
+        head_start: seconds that another process is given to begin the work; see `cache.head_start_of`.
 
     Raises:
         DataError: missing or bad data, or nothing left to train on.
@@ -66,7 +68,7 @@ def prepare_rows(
     """
     found = find_sources(sources, stage, report)
     template = effective_chat_template(tokenizer, data.chat_template) if stage == "sft" else None
-    tokens_folder, tokens_meta = _prepare_tokens(found, stage, tokenizer, template, cache_folder, report)
+    tokens_folder, tokens_meta = _prepare_tokens(found, stage, tokenizer, template, cache_folder, report, head_start)
     tokens = open_tokens(tokens_folder, tokens_meta["dtype"])
 
     overlong: Overlong = data.overlong or ("split" if stage == "pretrain" else "truncate")
@@ -78,6 +80,7 @@ def prepare_rows(
         lambda folder: settings | _build_rows(folder, tokens, seq_len=seq_len, packing=data.packing, overlong=overlong),
         what="rows",
         report=report,
+        head_start=head_start,
     )
     report(_summary(tokens_meta, rows_meta))
     return TokenRows(
@@ -97,6 +100,7 @@ def _prepare_tokens(
     template: str | None,
     cache_folder: Path,
     report: Report,
+    head_start: float,
 ) -> tuple[Path, dict[str, Any]]:
     files = {path: describe_file(path) for source in found for path in source.files}
     # Not the paths: the same content elsewhere gives the same tokens.
@@ -115,7 +119,7 @@ def _prepare_tokens(
     folder = cache_folder / f"tokens_{key}"
 
     def build(target: Path) -> Mapping[str, Any]:
-        report(f"tokenising {len(files)} files into {folder}")
+        report(f"tokenising {len(files)} {'file' if len(files) == 1 else 'files'} into {folder}")
         dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
         problems = Problems()
         samples = chain.from_iterable(read_samples(source, problems) for source in found)
@@ -133,7 +137,7 @@ def _prepare_tokens(
             "sources": list(files.values()),
         }
 
-    return folder, build_once(folder, build, what="tokens", report=report)
+    return folder, build_once(folder, build, what="tokens", report=report, head_start=head_start)
 
 
 def _is_unchanged(path: Path, before: Mapping[str, Any]) -> bool:
@@ -167,10 +171,11 @@ def _build_rows(folder: Path, tokens: Tokens, *, seq_len: int, packing: bool, ov
     segments = cut.segments.take(targets > 0)
     without_target = len(targets) - len(segments.length)
     if not len(segments.length):
+        empty = (np.diff(tokens.offsets) == 0).sum()
         raise DataError(
             f"no row is left to train on: of {len(tokens.offsets) - 1:,} documents {cut.overlong_documents:,} are longer than "
-            f"seq_len {seq_len:,} (overlong: {overlong}), and {without_target:,} pieces have no token to predict. "
-            "Give records with longer texts or answers, or raise data.seq_len."
+            f"seq_len {seq_len:,} (overlong: {overlong}), {empty:,} are empty, and {without_target:,} pieces have no token to "
+            "predict. Give records with longer texts or answers, or raise data.seq_len."
         )
     rows = pack(segments, seq_len) if packing else one_row_each(segments)
     write_rows(folder, rows)

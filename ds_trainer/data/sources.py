@@ -242,7 +242,7 @@ def _parse(raw: bytes, path: Path, line: int, offset: int, problems: Problems) -
         return None
     try:
         record = json.loads(
-            decoded, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
+            decoded.rstrip(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
         )
     except BadRecordError as error:
         problems.add(where, str(error))

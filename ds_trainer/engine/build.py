@@ -19,6 +19,7 @@ from ds_trainer.arguments.schema import TrainSection
 from ds_trainer.engine.offload import build_op
 from ds_trainer.engine.optim import build_optimizer, build_schedule, parameter_groups
 from ds_trainer.engine.wrapper import Engine, Objective
+from ds_trainer.errors import ModelError
 
 
 def prepare_deepspeed(device: torch.device, local_world_size: int) -> None:
@@ -31,6 +32,21 @@ def prepare_deepspeed(device: torch.device, local_world_size: int) -> None:
 
     # 0.19 compiles this op on every start on a CPU; it only speeds up inference (deepspeed/comm/torch.py build_shm_op).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def require_precision(precision: str) -> None:
+    """Refuse a precision that this device cannot compute in. After `prepare_deepspeed`.
+
+    Raises:
+        ModelError: with the ones it can.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    able = {"bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported(), "fp32": True}
+    if not able[precision]:
+        others = " or ".join(name for name, supported in able.items() if supported)
+        raise ModelError(f"train.precision = {precision}: this {device.device_name()} does not compute in it. Set {others}.")
 
 
 @contextmanager

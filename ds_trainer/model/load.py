@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -45,9 +46,20 @@ def load_config(model: ModelSection) -> Any:
     except Exception as error:
         name = "model.config" if model.config else f"model.path = {model.path}"
         raise ModelError(
-            f"{name}: no model config could be read ({first_line(error)}). "
+            f"{name}: no model config could be read ({_bad_json(model) or first_line(error)}). "
             "A model folder holds config.json with a model_type that this transformers version knows."
         ) from None
+
+
+def _bad_json(model: ModelSection) -> str | None:
+    """Where the config.json of a local folder stops being JSON; None when that is not what is wrong."""
+    path = Path(str(model.config or model.path)) / "config.json"
+    if not isinstance(model.config, dict) and path.is_file():
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            return f"{path}: not valid JSON: {error}"
+    return None
 
 
 def check_fit(config: Any, *, seq_len: int, tokens: int, max_token_id: int, resize: bool) -> None:
@@ -177,8 +189,6 @@ def weight_files(path: str) -> list[Path]:
     folder = Path(path)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        import json
-
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return sorted(folder / name for name in names)
     single = folder / "model.safetensors"

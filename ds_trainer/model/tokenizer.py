@@ -24,8 +24,10 @@ def load_tokenizer(model: ModelSection) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a missing tokenizer
+        found = sorted(each.name for each in Path(path).iterdir()) if Path(path).is_dir() else ["tokenizer.json"]
+        why = first_line(error) if "tokenizer.json" in found else f"the folder holds {', '.join(found[:6]) or 'nothing'}"
         raise ModelError(
-            f"{name} = {path}: no tokenizer could be loaded ({first_line(error)}). The folder must hold tokenizer.json; "
+            f"{name} = {path}: no tokenizer could be loaded ({why}). The folder must hold tokenizer.json; "
             "or name another one in model.tokenizer."
         ) from None
     if not tokenizer.is_fast or len(tokenizer) == 0:

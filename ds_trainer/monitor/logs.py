@@ -19,6 +19,8 @@ from typing import IO, TextIO
 
 from rich.console import Console
 
+from ds_trainer.errors import DsTrainerError
+
 
 def terminal(stream: TextIO | None = None) -> Console:
     """A console on the stream as it is now, so that it outlives `to_log_file`."""
@@ -64,7 +66,7 @@ def quiet_loggers(path: Path) -> None:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Swallow what libraries print while they are imported; shown after all if the block raises."""
+    """Swallow what libraries print; shown after all when something unexpected is raised."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -73,6 +75,14 @@ def hushed() -> Iterator[None]:
         os.dup2(sink.fileno(), 2)
         try:
             yield
+        except DsTrainerError:
+            raise
+        except Exception:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sink.seek(0)
+            os.write(saved[1], sink.read())
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

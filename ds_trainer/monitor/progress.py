@@ -1,7 +1,10 @@
-"""Progress as people follow it: a bar on a terminal, one line a log step elsewhere. Only rank zero shows any."""
+"""Progress as people follow it: one line a log step, and on a terminal a bar below. Only rank zero shows any."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -10,9 +13,11 @@ from rich.progress import Progress as Bar
 
 from ds_trainer.monitor.metrics import clock, quantity
 
+logger = logging.getLogger("ds_trainer")
+
 
 class Progress:
-    """Owns the bar. `console` None shows nothing: the ranks other than zero."""
+    """Owns the bar. `console` None shows nothing: the ranks other than zero. What is said goes to every rank's log."""
 
     def __init__(self, console: Console | None) -> None:
         self.console = console
@@ -20,14 +25,21 @@ class Progress:
         self._bar: Bar | None = None
         self._task: Any = None
 
-    def start(self, step: int, max_steps: int) -> None:
-        """Show the bar, on a terminal."""
+    @contextmanager
+    def bar(self, step: int, max_steps: int) -> Iterator[None]:
+        """Show the bar inside the context, on a terminal."""
         self.max_steps = max_steps
         if self.live and self.console is not None:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"))
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=30), TextColumn("{task.description}"))
             self._bar = Bar(*columns, console=self.console)
             self._task = self._bar.add_task("", total=max_steps, completed=step)
             self._bar.start()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
 
     def move(self, step: int) -> None:
         """Move the bar."""
@@ -36,26 +48,24 @@ class Progress:
 
     def line(self, step: int, fields: dict[str, Any], seconds_left: float) -> None:
         """Show the numbers of a log step."""
+        if self.console is None:
+            return
         norm = "" if fields["grad_norm"] is None else f"  grad norm {fields['grad_norm']:.3f}"
-        spread = fields["step_seconds"] - fields["step_seconds_fastest_rank"]
+        fastest, slowest = (f"{fields[name]:.2f}" for name in ("step_seconds_fastest_rank", "step_seconds"))
+        seconds = slowest if fastest == slowest else f"{fastest} to {slowest}"
         skipped = f"  {fields['skipped_steps']} steps skipped" if fields["skipped_steps"] else ""
-        text = (
-            f"loss {fields['loss']:.4f}  lr {fields['learning_rate']:.2e}{norm}  "
-            f"{quantity(fields['tokens_per_second'])} tok/s  {fields['step_seconds']:.2f} s/step "
-            f"(ranks within {spread:.2f})  {fields['peak_memory_gib']:.1f} GiB{skipped}  {clock(seconds_left)} left"
+        left = f"{clock(seconds_left)} left"
+        self.console.print(
+            f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {fields['loss']:.4f}  "
+            f"lr {fields['learning_rate']:.2e}{norm}  {quantity(fields['tokens_per_second'])} tok/s  {seconds} s/step  "
+            f"{fields['peak_memory_gib']:.1f} GiB  {left}{skipped}",
+            markup=False,
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif self.console is not None:
-            self.console.print(f"step {step}/{self.max_steps}  {text}", markup=False)
+            self._bar.update(self._task, completed=step, description=left)
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar, and log it."""
+        logger.info(text)
         if self.console is not None:
             self.console.print(text, markup=False)
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import platform
@@ -40,6 +41,11 @@ class RunFolder:
     def log(self) -> Path:
         """What this rank and its libraries print."""
         return self.path / "logs" / f"rank_{self.rank:05d}.log"
+
+    @property
+    def error(self) -> Path:
+        """The traceback of this rank, when it failed."""
+        return self.path / "errors" / f"rank_{self.rank:05d}.txt"
 
     def create(self) -> None:
         """Make the folder and prove that it can be written. Every rank.
@@ -102,20 +108,33 @@ class RunFolder:
         text = "".join(traceback.format_exception(error))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank_{self.rank:05d}.txt").write_text(f"{now()} on {socket.gethostname()}\n{text}", encoding="utf-8")
+            with self.error.open("w", encoding="utf-8") as file:
+                file.write(f"{now()} on {socket.gethostname()}\n{text}")
+                file.flush()
+                if error.__traceback__ is None:  # a signal: then where every thread was, for a run that hung
+                    faulthandler.dump_traceback(file)
             # Only one rank can create it: the file system decides who was first.
             with (folder / "first_failure.txt").open("x", encoding="utf-8") as marker:
-                marker.write(f"rank_{self.rank:05d}.txt\n")
+                marker.write(f"{self.error.name}\n")
             return True
         except FileExistsError:
             return False
         except OSError:
             return True  # the disk is full, say: then rather twice on the terminal than never
 
-    def finish(self, code: int, reason: str, *, command: str) -> None:
-        """Say in exit.json how this start ended, since torchrun answers 1 whatever its workers said."""
+    def finish(self, code: int, reason: str, *, step: int | None, command: str) -> None:
+        """Say in exit.json how this start ended, since torchrun answers 1 whatever its workers said.
+
+        Args:
+            code: the exit code.
+            reason: in words.
+            step: of the newest checkpoint; None when there is none.
+            command: what continues the run from there.
+        """
+        fields = {"code": code, "reason": reason, "step": step}
         with contextlib.suppress(CheckpointError):  # the disk is full; the reason is on the terminal
-            self.write_json("exit.json", {"time": now(), "code": code, "reason": reason, "continue": command})
+            self.write_json("exit.json", {"time": now(), **fields, "continue": command})
+            self.event("ended", **fields)
 
 
 def now() -> str:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import clean_environment, metrics, run_command, torchrun
+from helpers import clean_environment, metrics, run_command, torchrun
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, torchrun
+from helpers import run_command, torchrun
 
 WORKER = Path(__file__).parent / "workers" / "load_memory.py"
 MIB = 2**20

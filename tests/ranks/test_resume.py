@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, run_command, torchrun
+from helpers import metrics, run_command, torchrun
 
 SETTINGS = {
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, metrics, run_command, torchrun
+from helpers import ROOT, metrics, run_command, torchrun
 
 NAMES = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme"]
 COMPILED = {"zero2_offload", "zero3_offload", "zero3_nvme"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, torchrun
+from helpers import run_command, torchrun
 
 WORKER = Path(__file__).parent / "workers" / "parity.py"
 CASES = [(stage, ranks, accumulation) for stage in (1, 2, 3) for ranks in (1, 2) for accumulation in (1, 3)]

@@ -1,0 +1,97 @@
+"""Run many commands of ds_trainer in one go: the imports are paid for once, then each rank of a command is a fork.
+
+    python forks.py COMMANDS.json RESULTS.json
+
+A command is {"arguments": [...], "ranks": 2, "environment": {...}}; its result is what the terminal showed and the exit
+codes of its ranks. With more than one rank, they find torchrun's variables, and share a terminal as under torchrun.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+SECONDS = 60.0
+PATIENCE = 2.0
+"""Seconds between the end of the first rank that failed and the SIGTERM for the others; torchrun takes 0.1."""
+
+
+def torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    one_node = dict.fromkeys(("GROUP_RANK",), "0") | dict.fromkeys(("GROUP_WORLD_SIZE",), "1")
+    places = dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank))
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(ranks))
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
+    return one_node | places | sizes | meeting
+
+
+def start(arguments: list[str], environment: dict[str, str], terminal: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ.update(environment)
+        for target in (1, 2):
+            os.dup2(os.open(terminal, os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
+        sys.argv = ["ds_trainer", *arguments]
+        from ds_trainer.cli import main
+
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(command: dict, terminal: Path) -> dict:
+    ranks = command.get("ranks", 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = time.monotonic()
+    running = {}
+    for rank in range(ranks):
+        variables = torchrun_variables(rank, ranks, port) if ranks > 1 or command["arguments"][0] == "train" else {}
+        running[start(command["arguments"], variables | command.get("environment", {}), terminal)] = rank
+    codes: dict[int, int] = {}
+    failed = 0.0
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            code = codes[running.pop(child)] = os.waitstatus_to_exitcode(status)
+            failed = failed or (time.monotonic() if code else 0.0)
+            continue
+        time.sleep(0.01)
+        late, spent = failed and time.monotonic() - failed > PATIENCE, time.monotonic() - started
+        for child in running if late or spent > SECONDS else ():
+            os.kill(child, signal.SIGKILL if spent > SECONDS else signal.SIGTERM)
+    return {
+        "text": terminal.read_text(errors="replace"),
+        "codes": [codes[rank] for rank in range(ranks)],
+        "seconds": time.monotonic() - started,
+    }
+
+
+if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+    import ds_trainer.debug
+    import ds_trainer.export
+    import ds_trainer.train  # noqa: F401
+
+    commands, results = Path(sys.argv[1]), Path(sys.argv[2])
+    done = {name: run(each, results.parent / f"terminal_{name}.txt") for name, each in json.loads(commands.read_text()).items()}
+    results.write_text(json.dumps(done))
