@@ -230,8 +230,9 @@ def summary(prepared: Prepared) -> list[str]:
     offload = {what: offload_device(prepared.resolved, what) for what in ("offload_optimizer", "offload_param")}  # type: ignore[arg-type]
     kept = "".join(f", {what.removeprefix('offload_')} on {device}" for what, device in offload.items() if device != "none")
     lines = [
-        f"engine: ZeRO-{zero_stage(prepared.resolved)}{kept}, {settings.train.precision}, optimizer {optimizer_name(prepared)}, "
-        f"{prepared.launch.world_size} x {prepared.device.type} started by {prepared.launch.launcher}",
+        f"engine: ZeRO-{zero_stage(prepared.resolved)}{kept}, {settings.train.precision}, "
+        f"optimizer {optimizer_name(prepared)}, {prepared.launch.world_size} x {prepared.device.type} "
+        f"started by {prepared.launch.launcher}",
         f"batch: {prepared.batch}",
         f"length: {plan.max_steps} steps, {rows_fed} rows, {rows_fed / prepared.rows.num_rows:.2f} epochs",
         f"attention: {prepared.attention}; rows {'packed' if settings.data.packing else 'padded'} to {settings.data.seq_len}",

@@ -21,23 +21,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     sentence = "the model reads a row of tokens and predicts the next one from all before it"
     words = sentence.split()
-        "the",
-        "model",
-        "reads",
-        "a",
-        "row",
-        "of",
-        "tokens",
-        "and",
-        "predicts",
-        "the",
-        "next",
-        "one",
-        "from",
-        "all",
-        "before",
-        "it",
-    ]
     texts = [" ".join(words[(i * 7 + j) % len(words)] for j in range(3 + i * 11 % 60)) for i in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     talks = [
