@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ds_trainer import comm, loop
 from ds_trainer.arguments.merge import Resolved
+from ds_trainer.assemble import Prepared, build, device_windows, prepare
 from ds_trainer.data.loader import windows
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
@@ -17,7 +18,6 @@ from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder
 from ds_trainer.protocols import IGNORED, MicroBatch
 from ds_trainer.state import TrainState
-from ds_trainer.train import Prepared, build, device_windows, prepare
 
 
 def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Console, *, steps: int, show_rows: int) -> None:

@@ -6,72 +6,29 @@ import hashlib
 import json
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_trainer import comm, loop
-from ds_trainer.arguments.batch import BatchPlan
-from ds_trainer.arguments.deepspeed_keys import validate_blocks
-from ds_trainer.arguments.engine_config import (
-    EngineConfig,
-    build_engine_config,
-    hidden_size_of,
-    offload_device,
-    optimizer_kind,
-    solve_run_batch,
-    uses_deepspeed_scheduler,
-    zero_stage,
-)
+from ds_trainer.arguments.engine_config import offload_device, zero_stage
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
+from ds_trainer.assemble import Prepared, Report, build, device_windows, evaluate_rows, optimizer_name, prepare
 from ds_trainer.checkpoint import manager
-from ds_trainer.data import order
-from ds_trainer.data.cache import head_start_of
-from ds_trainer.data.loader import TokenRows, evaluation_batches, windows
-from ds_trainer.data.prepare import prepare_rows
-from ds_trainer.engine import sharded_weights
-from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, require_precision, sharded_construction
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import ArgumentsError, DataError, ModelError, ResumeError, TrainingError
+from ds_trainer.errors import ResumeError, TrainingError
 from ds_trainer.launch.detect import Launch
-from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_lora, base_of
-from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder, environment
-from ds_trainer.objectives import language_model
-from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState
-
-Report = Callable[[str], None]
 
 PROBE_ROWS = 16
 """Rows whose loss is kept in every checkpoint, so that a resume and an export can prove that they compute the same."""
 PROBE_TOLERANCE = 1e-3
 """How far a resumed engine's loss on them may be from the saved one, relative to it; on the same machine it is equal."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """Everything that is decided before the ranks meet."""
-
-    resolved: Resolved
-    launch: Launch
-    device: torch.device
-    batch: BatchPlan
-    engine_config: EngineConfig
-    tokenizer: Any
-    model_config: Any
-    attention: str
-    rows: TokenRows
-    held_out: TokenRows | None
-    plan: loop.Plan
 
 
 def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progress) -> TrainState:
@@ -123,127 +80,6 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
     return state
 
 
-def prepare(resolved: Resolved, launch: Launch, report: Report, *, keep_global: bool = False) -> Prepared:
-    """Do everything that needs no other rank: check the engine's settings, load the tokenizer, tokenise the data.
-
-    Args:
-        resolved: the settings in force.
-        launch: this process's place in the job.
-        report: takes a line for the user.
-        keep_global: solve the batch for one process with the global batch of many; see `solve_run_batch`.
-    """
-    settings = resolved.settings
-    batch = solve_run_batch(resolved, launch.world_size, keep_global=keep_global)
-    device = comm.device_of(launch.local_rank)
-    prepare_deepspeed(device, launch.local_world_size)
-    if problems := validate_blocks(resolved.deepspeed):
-        raise ArgumentsError(problems)
-
-    require_precision(settings.train.precision)
-    tokenizer = load_tokenizer(settings.model)
-    model_config = load.load_config(settings.model)
-    limits = partial(
-        load.check_fit,
-        model_config,
-        seq_len=settings.data.seq_len,
-        tokens=len(tokenizer),
-        resize=settings.model.resize_vocabulary,
-    )
-    limits(max_token_id=-1)  # what can be refused before the data is tokenised
-    implementation = attention.choose_attention(settings.model.attention, model_config, device.type, settings.train.precision)
-    cache = Path(settings.data.cache_folder or Path(settings.checkpoint.folder).parent / "data_cache")
-    rows_of = partial(
-        prepare_rows,
-        settings.data,
-        stage=settings.train.stage,
-        tokenizer=tokenizer,
-        seq_len=settings.data.seq_len,
-        cache_folder=cache,
-        head_start=head_start_of(launch.rank, launch.local_rank),
-    )
-    rows = rows_of(settings.data.sources, report=lambda line: report(f"data: {line}"))
-    held_out = None
-    if settings.evaluate:
-        held_out = rows_of(settings.evaluate.sources, report=lambda line: report(f"held-out data: {line}"))
-    limits(max_token_id=max(rows.max_token_id, held_out.max_token_id if held_out else 0))
-    config = build_engine_config(resolved, batch, hidden_size=hidden_size_of(model_config.to_dict()), device_type=device.type)
-    if autos := [name for name, value in config.config["zero_optimization"].items() if value == "auto"]:
-        raise ModelError(
-            f'DeepSpeed\'s {", ".join(autos)} are "auto", which is computed from hidden_size, and a {model_config.model_type} '
-            f"config has none. Write numbers, for example deepspeed.zero_optimization.{autos[0]}=16777216."
-        )
-    prepared = Prepared(
-        resolved=resolved,
-        launch=launch,
-        device=device,
-        batch=batch,
-        engine_config=config,
-        tokenizer=tokenizer,
-        model_config=model_config,
-        attention=implementation,
-        rows=rows,
-        held_out=held_out,
-        plan=plan_steps(resolved, rows.num_rows, batch),
-    )
-    for line in summary(prepared):
-        report(line)
-    return prepared
-
-
-def plan_steps(resolved: Resolved, num_rows: int, batch: BatchPlan) -> loop.Plan:
-    """How many optimizer steps the run has.
-
-    Raises:
-        DataError: the data has fewer rows than one step needs.
-    """
-    train_settings = resolved.settings.train
-    if num_rows < batch.global_batch_size:
-        raise DataError(
-            f"the data makes {num_rows} rows of {resolved.settings.data.seq_len} positions, fewer than one optimizer step "
-            f"needs ({batch}). Use more data, a smaller data.seq_len, or train.global_batch_size: {num_rows} or less."
-        )
-    total_rows = None
-    if train_settings.max_steps is None:
-        total_rows = order.total_rows(num_rows, train_settings.epochs or 1.0)
-        max_steps = order.steps_for(total_rows, batch.global_batch_size)
-    else:
-        max_steps = train_settings.max_steps
-    return loop.Plan(
-        max_steps=max_steps,
-        global_batch_size=batch.global_batch_size,
-        total_rows=total_rows,
-        seed=train_settings.seed,
-    )
-
-
-def optimizer_name(prepared: Prepared) -> str:
-    """Which optimizer moves the weights: an implementation of AdamW, or what the DeepSpeed JSON names."""
-    kind = optimizer_kind(prepared.resolved, prepared.device.type)
-    written = prepared.resolved.deepspeed.find("optimizer.type")
-    return kind if kind != "deepspeed" or written is None else str(written.value)
-
-
-def summary(prepared: Prepared) -> list[str]:
-    """What is about to run, in a few lines."""
-    settings, plan = prepared.resolved.settings, prepared.plan
-    rows_fed = plan.total_rows or plan.max_steps * plan.global_batch_size
-    offload = {what: offload_device(prepared.resolved, what) for what in ("offload_optimizer", "offload_param")}  # type: ignore[arg-type]
-    kept = "".join(f", {what.removeprefix('offload_')} on {device}" for what, device in offload.items() if device != "none")
-    lines = [
-        f"engine: ZeRO-{zero_stage(prepared.resolved)}{kept}, {settings.train.precision}, "
-        f"optimizer {optimizer_name(prepared)}, {prepared.launch.world_size} x {prepared.device.type} "
-        f"started by {prepared.launch.launcher}",
-        f"batch: {prepared.batch}",
-        f"length: {plan.max_steps} steps, {rows_fed} rows, {rows_fed / prepared.rows.num_rows:.2f} epochs",
-        f"attention: {prepared.attention}; rows {'packed' if settings.data.packing else 'padded'} to {settings.data.seq_len}",
-    ]
-    if offload["offload_optimizer"] == "nvme":
-        lines.append(
-            "NOT RESUMABLE: DeepSpeed restores an optimizer on nvme wrongly; checkpoints of this run can be exported only"
-        )
-    return lines
-
-
 def require_agreement(prepared: Prepared) -> None:
     """Refuse ranks that would train different runs. Collective.
 
@@ -287,71 +123,6 @@ def write_down(prepared: Prepared, folder: RunFolder) -> None:
         environment({"launcher": prepared.launch.launcher, "world_size": prepared.launch.world_size}),
     )
     folder.event("started", launcher=prepared.launch.launcher, world_size=prepared.launch.world_size)
-
-
-def build(prepared: Prepared, report: Report) -> Engine:
-    """Build the model with its adapter and objective, and the engine around it. Collective."""
-    settings, config = prepared.resolved.settings, prepared.engine_config.config
-    attention.register_document_attention()
-    with sharded_construction(config):
-        model = construct(prepared, report)
-        load.finish_model(
-            model,
-            tokens=len(prepared.tokenizer),
-            resize=settings.model.resize_vocabulary,
-            gradient_checkpointing=settings.model.gradient_checkpointing,
-            seed=settings.train.seed,
-        )
-        if settings.adapter:
-            model = add_lora(model, settings.adapter.lora, settings.train.seed)
-    loss = language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
-    trainable = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
-    total = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters())
-    report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trainable:,} of them trained; {loss}")
-    engine = build_engine(
-        model,
-        objective=language_model.nll_sum,
-        config=config,
-        optimizer_kind=optimizer_kind(prepared.resolved, prepared.device.type),
-        own_schedule=not uses_deepspeed_scheduler(prepared.resolved),
-        train=settings.train,
-        max_steps=prepared.plan.max_steps,
-        report=report,
-    )
-    if settings.data.packing:
-        engine.train_mode(False)
-        attention.probe_isolation(
-            partial(language_model.last_states, engine.forward),
-            prepared.attention,
-            prepared.model_config.get_text_config().vocab_size,
-            prepared.device,
-        )
-        engine.train_mode(True)
-    return engine
-
-
-def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
-    """The model with its initial or pretrained weights; sharded under ZeRO-3. Collective there."""
-    settings, sharded = prepared.resolved.settings, zero_stage(prepared.resolved) == 3
-    precision = settings.train.precision
-    if settings.model.path is None:
-        model = load.build_model(prepared.model_config, precision=precision, attention=prepared.attention)
-        load.initialize_weights(model, settings.train.seed, gather if sharded else None)
-        return model
-    if sharded:
-        model = load.build_model(
-            prepared.model_config,
-            precision=precision,
-            attention=prepared.attention,
-            trust_remote_code=settings.model.trust_remote_code,
-        )
-        files = load.weight_files(settings.model.path)
-        reason = sharded_weights.reason_against(model, files, prepared.engine_config.config)
-        if reason is None:
-            sharded_weights.load_sharded(model, files, comm.rank())
-            return model
-        report(f"weights: read whole by rank zero, since {reason}")
-    return load.load_pretrained(settings.model, prepared.model_config, precision=precision, attention=prepared.attention)
 
 
 def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report) -> TrainState:
@@ -422,21 +193,6 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def device_windows(prepared: Prepared, engine: Engine, state: TrainState) -> Iterator[list[ModelBatch]]:
-    """The micro-batches of one optimizer step after the other, on the device."""
-    for window in windows(
-        prepared.rows,
-        first_position=state.rows_consumed,
-        total_rows=prepared.plan.total_rows,
-        seed=prepared.plan.seed,
-        micro_batch_size=prepared.batch.micro_batch_size,
-        gradient_accumulation_steps=prepared.batch.gradient_accumulation_steps,
-        rank=comm.rank(),
-        data_parallel_size=engine.data_parallel_size,
-    ):
-        yield [attention.arrange(batch, prepared.attention, engine.device) for batch in window]
-
-
 def evaluate_and_save(prepared: Prepared, engine: Engine, folder: RunFolder, recorder: Recorder, state: TrainState) -> None:
     """Evaluate and save when the step is due for it. Collective."""
     settings = prepared.resolved.settings
@@ -460,18 +216,6 @@ def evaluate_and_save(prepared: Prepared, engine: Engine, folder: RunFolder, rec
             keep_last=settings.checkpoint.keep_last,
         )
         recorder.saved(step=state.step, path=str(path))
-
-
-def evaluate_rows(prepared: Prepared, engine: Engine, rows: TokenRows, max_rows: int) -> tuple[float, int]:
-    """Mean loss over the targets of the first rows, and their number. Collective."""
-    batches = evaluation_batches(
-        rows,
-        micro_batch_size=prepared.batch.micro_batch_size,
-        rank=comm.rank(),
-        data_parallel_size=engine.data_parallel_size,
-        max_rows=max_rows,
-    )
-    return loop.evaluate(engine, (attention.arrange(batch, prepared.attention, engine.device) for batch in batches))
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
