@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -38,8 +39,21 @@ def as_text(resolved: Resolved, world_size: int, device_type: str) -> str:
             f"  optimizer: {optimizer} on {device_type}",
             "",
             f"Batch: {batch}",
+            *missing_files(resolved),
         ]
     )
+
+
+def missing_files(resolved: Resolved) -> list[str]:
+    """What the run file names and this machine does not have: no error, since a check may run elsewhere than the run."""
+    settings = resolved.settings
+    named = {"model.tokenizer": settings.model.tokenizer, "model.path": settings.model.path}
+    # `owner/name` may be a hub id.
+    paths = [(name, path) for name, path in named.items() if path and (path.count("/") != 1 or path.startswith("."))]
+    paths += [("data.sources", source.path) for source in settings.data.sources]
+    paths += [("evaluate.sources", source.path) for source in (settings.evaluate.sources if settings.evaluate else [])]
+    missing = [f"  {name}: {path}" for name, path in paths if not glob.glob(path)]
+    return ["", "Not on this machine (paths start from the current folder):", *missing] if missing else []
 
 
 def as_json(resolved: Resolved, world_size: int, device_type: str) -> dict[str, Any]:

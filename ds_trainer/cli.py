@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ds_trainer import __version__
-from ds_trainer.errors import EXIT_DONE, EXIT_FAILED, ArgumentsError, DsTrainerError, LauncherError, RefusedError
+from ds_trainer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    ArgumentsError,
+    DsTrainerError,
+    LauncherError,
+    RefusedError,
+    ResumeError,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,17 +74,22 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ds_trainer {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _before_subcommand(
     context: typer.Context,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     # The `deepspeed` launcher and torch.distributed.launch write --local_rank before the subcommand.
     context.obj = local_rank
-    if version:
-        typer.echo(f"ds_trainer {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -138,10 +152,12 @@ def debug(
     logs.quiet_loggers(folder.log)
     try:
         debug(resolved, launch, folder, logs.terminal(), steps=steps, show_rows=rows)
-    except DsTrainerError:
-        if not pdb:
-            raise
-        _post_mortem()
+    except DsTrainerError as error:
+        if pdb:
+            print(f"ds_trainer: {error}", file=sys.stderr, flush=True)
+            _post_mortem()
+            raise typer.Exit(error.exit_code) from None
+        raise
     except Exception:
         from rich.console import Console
 
@@ -221,6 +237,11 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: typer's way to end a command; with code 2 when it does not understand the command line.
     """
+    words = sys.argv[1:] if argv is None else argv
+    words = [word for word in words if not re.match(r"--local[_-]rank=", word)]
+    if words and words[0].startswith("--") and words[0] not in ("--help", "--version", "--local_rank", "--local-rank"):
+        print(f"ds_trainer: a subcommand comes first: ds_trainer train {' '.join(words)}", file=sys.stderr)
+        return EXIT_REFUSED
     try:
         app(args=argv, prog_name="ds_trainer")
     except DsTrainerError as error:
@@ -296,8 +317,10 @@ def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any
 
     folder = RunFolder(Path(resolved.settings.checkpoint.folder), launch.rank)
     folder.create()
+    _check_resume(resolved, folder)
     console = logs.terminal()
     if launch.rank == 0:
+        folder.lock()
         folder.clear_errors()
     logs.to_log_file(folder.log)
     command = _continue_command(resolved, launch)
@@ -310,6 +333,19 @@ def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any
         folder.finish(EXIT_DONE, "done", step=newest_step(folder.checkpoints), command=command)
         console.print(last_word, markup=False)
     return EXIT_DONE
+
+
+def _check_resume(resolved: Resolved, folder: RunFolder) -> None:
+    """Refuse a checkpoint that is not there before anything is built."""
+    resume = resolved.settings.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        from ds_trainer.checkpoint.layout import complete_checkpoints
+
+        there = [str(path) for path in complete_checkpoints(folder.checkpoints)]
+        raise ResumeError(
+            f"checkpoint.resume = {resume}: write auto, never or the folder of a checkpoint. "
+            + (f"This run has {', '.join(there)}." if there else f"{folder.checkpoints} holds none.")
+        )
 
 
 class Stopped(BaseException):

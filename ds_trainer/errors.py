@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXIT_DONE = 0
-"""The run is complete, or stopped as asked with a complete checkpoint."""
+"""The run is complete."""
 EXIT_FAILED = 1
 """The run failed after it had started."""
 EXIT_REFUSED = 2

@@ -79,7 +79,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
         to.rmdir()
     partial.rename(to)
     kind = "adapter" if settings.adapter and not merge else "model"
-    report(f"the {kind} is in {to}; its loss on {PROBE_ROWS} rows is the training engine's")
+    report(f"the {kind} is in {to}; its loss on {PROBE_ROWS} rows agrees with the training engine's")
 
 
 def choose(run: Path, checkpoint: str | None, report: Report) -> Found:
@@ -140,6 +140,10 @@ def write(model: Any, tokenizer: Any, settings: RunSettings, folder: Path, preci
     if settings.train.stage == "sft":
         tokenizer.chat_template = effective_chat_template(tokenizer, settings.data.chat_template)
     if hasattr(model, "peft_config"):
+        # Written relative to this folder, a path would be looked for on the hub from any other.
+        base = Path(str(settings.model.path))
+        if base.is_dir():
+            model.peft_config["default"].base_model_name_or_path = str(base.absolute())
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
         model.config.dtype = DTYPES[precision]

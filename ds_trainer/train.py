@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import socket
+import sys
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from ds_trainer.arguments.report import resolved_as_json
 from ds_trainer.assemble import Prepared, Report, build, device_windows, evaluate_rows, optimizer_name, prepare
 from ds_trainer.checkpoint import manager
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import ResumeError, TrainingError
+from ds_trainer.errors import EXIT_REFUSED, RefusedError, ResumeError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
@@ -55,10 +56,10 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
         timeout_seconds=train_settings.collective_timeout_seconds,
     ):
         require_agreement(prepared)
-        if launch.rank == 0:
-            write_down(prepared, folder)
         engine = build(prepared, progress.say)
         state = resume(prepared, engine, folder, progress.say)
+        if launch.rank == 0:
+            write_down(prepared, folder)
         recorder = Recorder(
             folder,
             progress,
@@ -84,14 +85,13 @@ def require_agreement(prepared: Prepared) -> None:
     """Refuse ranks that would train different runs. Collective.
 
     Raises:
-        TrainingError: with what differs and on which ranks.
+        RefusedError: with what differs and on which ranks.
     """
     facts = {
         "settings": digest(resolved_as_json(prepared.resolved)),
         "engine config": digest(prepared.engine_config.config),
         "model config": digest(prepared.model_config.to_dict()),
-        "rows of data": prepared.rows.num_rows,
-        "tokens of data": prepared.rows.num_tokens,
+        "data": prepared.rows.fingerprint(),
         "torch": torch.__version__,
     }
     everyone = comm.gather_objects((socket.gethostname(), facts))
@@ -100,7 +100,7 @@ def require_agreement(prepared: Prepared) -> None:
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
             rank = odd[0]
-            raise TrainingError(
+            raise RefusedError(
                 f"the ranks do not agree on the {name}: rank 0 on {everyone[0][0]} has {values[0]}, "
                 f"rank {rank} on {everyone[rank][0]} has {values[rank]} ({len(odd)} of {len(values)} ranks differ from "
                 "rank 0). Give every host the same files and the same versions."
@@ -187,10 +187,21 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "adapter": settings.adapter.model_dump(mode="json") if settings.adapter else None,
         "global_batch_size": prepared.plan.global_batch_size,
         "seed": settings.train.seed,
+        **optimization(prepared),
+        "data": prepared.rows.fingerprint(),
         "rows": prepared.rows.num_rows,
-        "tokens": prepared.rows.num_tokens,
         "seq_len": prepared.rows.seq_len,
     }
+
+
+def optimization(prepared: Prepared) -> dict[str, Any]:
+    """What decides the update besides the gradient: DeepSpeed restores it from the checkpoint, whatever the settings say."""
+    train_settings = prepared.resolved.settings.train
+    names = ("learning_rate", "schedule", "warmup_steps", "min_learning_rate", "weight_decay", "betas", "eps")
+    found = {name: getattr(train_settings, name) for name in names}
+    if train_settings.schedule != "constant":
+        found["max_steps"] = prepared.plan.max_steps  # the falling schedules end there
+    return found
 
 
 def evaluate_and_save(prepared: Prepared, engine: Engine, folder: RunFolder, recorder: Recorder, state: TrainState) -> None:
@@ -221,3 +232,8 @@ def evaluate_and_save(prepared: Prepared, engine: Engine, folder: RunFolder, rec
 def is_due(step: int, every_steps: int | None) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return every_steps is not None and step % every_steps == 0
+
+
+if __name__ == "__main__":
+    print("start it as a module: torchrun --nproc-per-node 2 -m ds_trainer train --config run.yaml", file=sys.stderr)
+    raise SystemExit(EXIT_REFUSED)

@@ -16,6 +16,10 @@ settings=()
 if [ "$gpus" -gt 0 ]; then settings=(train.precision=bf16); fi
 
 step() { printf '\n== %s\n' "$*"; }
+train() { # run folder, options...: nothing to do for a run that has ended well
+    if grep -qs '"code": 0' "$1/exit.json"; then echo "trained already: $1"; return; fi
+    torchrun --nproc-per-node "$ranks" -m ds_trainer train "${@:2}" "${settings[@]}"
+}
 export_model() { # run folder, options...
     if [ -d "$1/export" ]; then echo "exported already: $1/export"; else ds_trainer export --run "$1" --to "$1/export" "${@:2}"; fi
 }
@@ -24,11 +28,11 @@ step "1/5 a corpus from the documentation that ships with Python, and a tokenize
 python scripts/make_corpus.py $out/corpus
 
 step "2/5 pretraining a small Llama from scratch: torchrun, $ranks processes, ZeRO-2"
-torchrun --nproc-per-node $ranks -m ds_trainer train --config examples/quickstart_pretrain.yaml "${settings[@]}"
+train $out/pretrain --config examples/quickstart_pretrain.yaml
 export_model $out/pretrain
 
 step "3/5 fine-tuning it with LoRA on questions and answers: $ranks processes, ZeRO-3"
-torchrun --nproc-per-node $ranks -m ds_trainer train --config examples/quickstart_sft.yaml "${settings[@]}"
+train $out/sft --config examples/quickstart_sft.yaml
 
 step "4/5 export: base and adapter as one Hugging Face model"
 export_model $out/sft --merge

@@ -40,6 +40,7 @@ class Engine:
     def __init__(self, deepspeed_engine: Any, objective: Objective) -> None:
         self._engine = deepspeed_engine
         self._objective = objective
+        self._boundary = False
         self.data_parallel_size: int = deepspeed_engine.dp_world_size
         self.device: torch.device = deepspeed_engine.device
 
@@ -88,7 +89,7 @@ class Engine:
         )
 
     def evaluate(self, batch: ModelBatch) -> Tensor:
-        """Sum of the loss over a batch's targets, without gradients; dropout is off between `eval_mode` calls."""
+        """Sum of the loss over a batch's targets, without gradients; call it after `train_mode(False)`."""
         with torch.no_grad():
             return self._objective(self._engine, batch)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import json
 import os
 import platform
@@ -64,6 +65,27 @@ class RunFolder:
                 f"checkpoint.folder = {self.path}: cannot be written ({error.strerror}: {error.filename}). "
                 "Set checkpoint.folder to a folder you can write to."
             ) from None
+
+    def lock(self) -> None:
+        """Keep any other start out of the folder for as long as this process lives; rank zero's business.
+
+        The kernel releases the lock with its owner, so a killed run leaves none behind.
+
+        Raises:
+            RefusedError: another start is at work here, with its host, process and time.
+        """
+        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            raise RefusedError(
+                f"checkpoint.folder = {self.path}: another start is training in it ({self._lock.read().strip()}). "
+                "Wait for it, end it, or write another folder, for example checkpoint.folder=" + f"{self.path}-2."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
+        self._lock.flush()
 
     def write_json(self, name: str, fields: Any) -> None:
         """Write a JSON file whole or not at all. Rank zero's business.

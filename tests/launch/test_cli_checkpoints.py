@@ -1,5 +1,6 @@
 """Which checkpoint a start goes on from, when it refuses to, and what export makes of it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -51,6 +52,7 @@ def test_a_start_takes_the_newest_whole_checkpoint_of_its_own_run_or_refuses(run
         "all_flipped": Command([*train, copy("all_flipped", 2, 4)]),
         "no_manifest": Command([*train, copy("no_manifest", remove="step_00000004/manifest.json")]),
         "other_seed": Command([*train, copy("other_seed"), "train.seed=7"]),
+        "other_rate": Command([*train, copy("other_rate"), "train.learning_rate=0.02"]),
         "other_ranks": Command([*train, copy("other_ranks")], ranks=2),
         "other_model": Command(["train", "--config", str(other_model), copy("other_model")]),
         "never": Command([*train, copy("never"), "--resume", "never", "train.max_steps=2"]),
@@ -93,13 +95,16 @@ def test_a_start_takes_the_newest_whole_checkpoint_of_its_own_run_or_refuses(run
     done("no_manifest", "step_00000004 is passed over: it has no manifest.json", "step 2, 8 rows consumed")
 
     refused("other_seed", "step_00000004 cannot be continued: it has seed = 0, this run has 7", "--resume never")
+    refused("other_rate", "it has learning_rate = 0.01, this run has 0.02")
+    kept = json.loads((tmp_path / "other_rate" / "resolved.json").read_text())
+    assert kept["train.learning_rate"]["value"] == 0.01, "a refused start must not rewrite what the run is"
     refused("other_ranks", "it has ranks = 1, this run has 2")
     refused("other_model", "it has model = ", ", this run has ")
     assert names(tmp_path / "other_seed") == ["step_00000002", "step_00000004"]
     done("never", "step_00000002 does not belong to what is trained from here on", "done: 2 steps")
     assert names(tmp_path / "never") == ["aside_1_step_00000002", "aside_1_step_00000004", "step_00000002"]
     done("by_path", f"RESUMING from {older}: step 2")
-    refused("by_wrong_path", "step_00000003: has no manifest.json")
+    refused("by_wrong_path", "write auto, never or the folder of a checkpoint. This run has")
     done("complete", "RESUMING from", "done: 4 steps")
 
     done("export", "(step 4) in fp32", "loss on 16 rows", "the model is in")

@@ -81,7 +81,7 @@ def test_both_launchers_and_debug_train_the_same_and_leave_a_whole_run_folder(ru
     run = tmp_path / "two"
     found = sorted(str(path.relative_to(run)) for path in run.rglob("*") if "debug" not in path.parts)
     asked, told = "run.yaml deepspeed.json resolved.json environment.json", "metrics.jsonl events.jsonl exit.json"
-    assert [each for each in found if "/" not in each] == sorted(f"{asked} {told} logs errors checkpoints".split())
+    assert [each for each in found if "/" not in each] == sorted(f".lock {asked} {told} logs errors checkpoints".split())
     assert {"logs/rank_00000.log", "logs/rank_00001.log", "checkpoints/latest"} < set(found)
     assert [each for each in found if each.startswith("checkpoints/step_") and each.count("/") == 1] == [
         "checkpoints/step_00000004"
@@ -132,7 +132,10 @@ def test_lora_under_zero3_on_a_terminal_then_exported_as_adapter_and_merged(run_
     for kind, done in run_all(exported, tmp_path).items():
         assert done.codes == [0], done.text
         assert not [noise for noise in NOISE if noise in done.text]
-        assert f"the {kind} is in {exported[kind].arguments[4]}; its loss on 16 rows is the training engine's" in done.text
+        assert (
+            f"the {kind} is in {exported[kind].arguments[4]}; its loss on 16 rows agrees with the training engine's"
+            in done.text
+        )
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 2, "A and B of seven linear layers in two blocks"
     assert all(tensor.numel() and tensor.abs().sum() > 0 for tensor in adapter.values())

@@ -108,7 +108,7 @@ def test_the_text_shows_values_as_yaml_writes_them(resolved):
     assert "None" not in text
     assert '[{"path": "a.jsonl", "format": "auto"}]' in text
     assert "optimizer: torch_adamw on cpu" in text
-    assert text.endswith("Batch: 16 rows a step = 4 micro_batch_size x 2 gradient_accumulation_steps x 2 ranks")
+    assert "Batch: 16 rows a step = 4 micro_batch_size x 2 gradient_accumulation_steps x 2 ranks" in text.splitlines()
 
 
 def test_json_is_for_machines_and_holds_the_same(files, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_lines_are_appended_and_files_replaced(tmp_path):
     folder.write_json("exit.json", {"code": 0})
     assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 0}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_second_start_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
+    first, second = RunFolder(tmp_path, 0), RunFolder(tmp_path, 0)
+    first.lock()
+    with pytest.raises(RefusedError, match=rf"another start is training in it \(process {os.getpid()} on .*-2"):
+        second.lock()
+    first._lock.close()  # what the kernel does when the process ends
+    second.lock()
 
 
 NOISY = """
