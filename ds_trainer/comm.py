@@ -83,9 +83,3 @@ def from_rank_zero(value: T) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[no-any-return]
-
-
-def barrier() -> None:
-    """Collective. Returns when every rank has arrived."""
-    if world_size() > 1:
-        dist.barrier()

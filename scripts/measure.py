@@ -79,20 +79,10 @@ def chunked_loss() -> Iterator[str]:
 
 
 def loading_memory() -> Iterator[str]:
-    from test_load_memory import WORKER
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from test_load_memory import WORKER, save_model
 
     folder = fresh("loading")
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=2048,
-        hidden_size=1024,
-        intermediate_size=2048,
-        num_hidden_layers=9,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model", max_shard_size="100MB")
+    save_model(folder / "model")
     whole = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors")) / MIB
     yield "## Under ZeRO-3 no rank holds the whole model"
     yield ""

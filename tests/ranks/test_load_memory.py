@@ -14,9 +14,8 @@ WORKER = Path(__file__).parent / "workers" / "load_memory.py"
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 376 MiB, its largest tensor 8 MiB."""
+def save_model(folder: Path) -> None:
+    """A model of 376 MiB, its largest tensor 8 MiB, in several files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -29,8 +28,13 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=8,
     )
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
     AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="100MB")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
     return folder
 
 
