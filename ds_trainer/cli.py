@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 """What gloo and NCCL say when a process at the other end is gone."""
 
+_WAIT_FOR_SPEAKER_SECONDS = 5.0
+"""Much longer than the starts of two ranks on one busy machine lie apart."""
+
 _ending = threading.Lock()
 
 app = typer.Typer(
@@ -254,16 +257,18 @@ def main(argv: list[str] | None = None) -> int:
 def _speaks_up(error: DsTrainerError) -> bool:
     """Print an error once, not once a rank.
 
-    What every rank reads in the same files they all refuse, and rank zero says so. Should only another rank have met it, the
-    launcher will not end that rank within the seconds it waits here, and it speaks for itself.
+    What every rank finds they all refuse, and one of them says so. The others wait for the launcher to end them: if one left
+    first, the launcher would end the one that speaks before it has spoken. Should only another rank have met the error,
+    nothing ends that one while it waits here, and it speaks for itself.
     """
+    speaks = os.environ.get("RANK", "0") == "0"
     if isinstance(error, LauncherError):
         from ds_trainer.launch.detect import prints_refusal
 
-        return prints_refusal(error, os.environ)
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
-    return True
+        speaks = prints_refusal(error, os.environ)
+    if not speaks:
+        time.sleep(_WAIT_FOR_SPEAKER_SECONDS)
+    return speaks or not isinstance(error, LauncherError)
 
 
 def _commands() -> Commands:
