@@ -69,12 +69,22 @@ class AdapterSection(Section):
 
 
 class Source(Section):
-    """Files that hold records of one format."""
+    """Records of one format: files, a folder of `datasets`, or a data set of the hub."""
 
     path: NonEmptyText
-    """A file or a glob such as `corpus/*.jsonl`; relative to the current folder."""
-    format: Literal["auto", "text", "messages", "prompt_response", "alpaca"] = "auto"
+    """A file, a glob such as `corpus/*.jsonl.zst`, a folder that `datasets` saved, or a hub id such as `owner/name`."""
+    format: Literal["auto", "text", "messages", "sharegpt", "prompt_response", "alpaca", "preference", "kto", "tokens"] = "auto"
     """How to read a record. `auto` decides by the keys of the first record, says so, and holds the others to it."""
+    fields: dict[NonEmptyText, NonEmptyText] = {}
+    """The format's key -> the key (or column) that holds it here, as in `{text: content}`."""
+    split: NonEmptyText | None = None
+    """Which split of a folder of `datasets` or of a hub id."""
+    subset: NonEmptyText | None = None
+    """Which subset (configuration) of a hub id."""
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+    """Share of the rows that come from this source, relative to the other weights. All sources have one, or none has."""
+    max_samples: PositiveInt | None = None
+    """Only the first so many records."""
 
 
 class DataSection(Section):
@@ -89,9 +99,25 @@ class DataSection(Section):
     overlong: Literal["truncate", "split", "drop"] | None = None
     """What happens to a sample longer than seq_len: `split` by default for pretrain, `truncate` for sft. Counted either way."""
     chat_template: NonEmptyText | None = None
-    """A Jinja file that replaces the tokenizer's chat template."""
+    """Replaces the tokenizer's chat template: a built-in one (`plain`, `chatml`, `llama3`) or a Jinja file."""
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """What of a conversation is trained: the assistant's turns, the last of them, or the prompt too."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """`skip` leaves bad records out, counts and lists them, up to `max_bad_fraction`."""
+    max_bad_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.001
+    """With `skip`: the run is refused when more of a source's records than this are bad."""
+    max_untrained_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """The run is refused when more of the samples than this have no token left to train on, as after truncation."""
     cache_folder: NonEmptyText | None = None
     """Where tokenised data is kept; by default `data_cache` beside the run folder."""
+    streaming: bool = False
+    """Tokenise while training, for a corpus that nobody wants to tokenise first. Needs `train.max_steps`."""
+    streaming_buffer: PositiveInt = 4096
+    """Samples that are shuffled and packed together when streaming."""
+    workers: NonNegativeInt = 1
+    """Background workers of each rank: threads that read rows, or processes that tokenise when streaming. 0: none."""
+    timeout_seconds: PositiveInt = 300
+    """A window of data that takes longer than this to arrive ends the run with the worker's name instead of hanging."""
 
 
 class TrainSection(Section):
