@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,20 +25,19 @@ from ds_trainer.arguments.engine_config import (
     zero_stage,
 )
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.data import order
 from ds_trainer.data.cache import head_start_of
-from ds_trainer.data.loader import TokenRows, evaluation_batches, windows
-from ds_trainer.data.prepare import prepare_rows
+from ds_trainer.data.loader import Windows, evaluation_batches
+from ds_trainer.data.rows import TokenRows
 from ds_trainer.engine import sharded_weights
 from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, require_precision, sharded_construction
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import ArgumentsError, DataError, ModelError
+from ds_trainer.errors import ArgumentsError, ModelError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_lora, base_of
-from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import ModelBatch
+from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows
 from ds_trainer.state import TrainState
 
 Report = Callable[[str], None]
@@ -55,11 +52,8 @@ class Prepared:
     device: torch.device
     batch: BatchPlan
     engine_config: EngineConfig
-    tokenizer: Any
-    model_config: Any
+    data: RunData
     attention: str
-    rows: TokenRows
-    held_out: TokenRows | None
     plan: loop.Plan
 
 
@@ -80,32 +74,9 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, keep_global: 
         raise ArgumentsError(problems)
 
     require_precision(settings.train.precision)
-    tokenizer = load_tokenizer(settings.model)
-    model_config = load.load_config(settings.model)
-    limits = partial(
-        load.check_fit,
-        model_config,
-        seq_len=settings.data.seq_len,
-        tokens=len(tokenizer),
-        resize=settings.model.resize_vocabulary,
-    )
-    limits(max_token_id=-1)  # what can be refused before the data is tokenised
+    data = prepare_run_data(resolved, batch, report, head_start=head_start_of(launch.rank, launch.local_rank))
+    model_config = data.model_config
     implementation = attention.choose_attention(settings.model.attention, model_config, device.type, settings.train.precision)
-    cache = Path(settings.data.cache_folder or Path(settings.checkpoint.folder).parent / "data_cache")
-    rows_of = partial(
-        prepare_rows,
-        settings.data,
-        stage=settings.train.stage,
-        tokenizer=tokenizer,
-        seq_len=settings.data.seq_len,
-        cache_folder=cache,
-        head_start=head_start_of(launch.rank, launch.local_rank),
-    )
-    rows = rows_of(settings.data.sources, report=lambda line: report(f"data: {line}"))
-    held_out = None
-    if settings.evaluate:
-        held_out = rows_of(settings.evaluate.sources, report=lambda line: report(f"held-out data: {line}"))
-    limits(max_token_id=max(rows.max_token_id, held_out.max_token_id if held_out else 0))
     config = build_engine_config(resolved, batch, hidden_size=hidden_size_of(model_config.to_dict()), device_type=device.type)
     if autos := [name for name, value in config.config["zero_optimization"].items() if value == "auto"]:
         raise ModelError(
@@ -118,42 +89,13 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, keep_global: 
         device=device,
         batch=batch,
         engine_config=config,
-        tokenizer=tokenizer,
-        model_config=model_config,
+        data=data,
         attention=implementation,
-        rows=rows,
-        held_out=held_out,
-        plan=plan_steps(resolved, rows.num_rows, batch),
+        plan=plan_steps(resolved, data.rows, batch),
     )
     for line in summary(prepared):
         report(line)
     return prepared
-
-
-def plan_steps(resolved: Resolved, num_rows: int, batch: BatchPlan) -> loop.Plan:
-    """How many optimizer steps the run has.
-
-    Raises:
-        DataError: the data has fewer rows than one step needs.
-    """
-    train_settings = resolved.settings.train
-    if num_rows < batch.global_batch_size:
-        raise DataError(
-            f"the data makes {num_rows} rows of {resolved.settings.data.seq_len} positions, fewer than one optimizer step "
-            f"needs ({batch}). Use more data, a smaller data.seq_len, or train.global_batch_size: {num_rows} or less."
-        )
-    total_rows = None
-    if train_settings.max_steps is None:
-        total_rows = order.total_rows(num_rows, train_settings.epochs or 1.0)
-        max_steps = order.steps_for(total_rows, batch.global_batch_size)
-    else:
-        max_steps = train_settings.max_steps
-    return loop.Plan(
-        max_steps=max_steps,
-        global_batch_size=batch.global_batch_size,
-        total_rows=total_rows,
-        seed=train_settings.seed,
-    )
 
 
 def optimizer_name(prepared: Prepared) -> str:
@@ -166,7 +108,6 @@ def optimizer_name(prepared: Prepared) -> str:
 def summary(prepared: Prepared) -> list[str]:
     """What is about to run, in a few lines."""
     settings, plan = prepared.resolved.settings, prepared.plan
-    rows_fed = plan.total_rows or plan.max_steps * plan.global_batch_size
     offload = {what: offload_device(prepared.resolved, what) for what in ("offload_optimizer", "offload_param")}  # type: ignore[arg-type]
     kept = "".join(f", {what.removeprefix('offload_')} on {device}" for what, device in offload.items() if device != "none")
     lines = [
@@ -174,7 +115,7 @@ def summary(prepared: Prepared) -> list[str]:
         f"optimizer {optimizer_name(prepared)}, {prepared.launch.world_size} x {prepared.device.type} "
         f"started by {prepared.launch.launcher}",
         f"batch: {prepared.batch}",
-        f"length: {plan.max_steps} steps, {rows_fed} rows, {rows_fed / prepared.rows.num_rows:.2f} epochs",
+        f"length: {length_of(plan, prepared.data)}",
         f"attention: {prepared.attention}; rows {'packed' if settings.data.packing else 'padded'} to {settings.data.seq_len}",
     ]
     if offload["offload_optimizer"] == "nvme":
@@ -192,7 +133,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
         model = construct(prepared, report)
         load.finish_model(
             model,
-            tokens=len(prepared.tokenizer),
+            tokens=len(prepared.data.tokenizer),
             resize=settings.model.resize_vocabulary,
             gradient_checkpointing=settings.model.gradient_checkpointing,
             seed=settings.train.seed,
@@ -202,7 +143,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
     loss = language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
     trainable = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
     total = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters())
-    report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trainable:,} of them trained; {loss}")
+    report(f"model: {prepared.data.model_config.model_type}, {total:,} parameters, {trainable:,} of them trained; {loss}")
     engine = build_engine(
         model,
         objective=language_model.nll_sum,
@@ -218,7 +159,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
         attention.probe_isolation(
             partial(language_model.last_states, engine.forward),
             prepared.attention,
-            prepared.model_config.get_text_config().vocab_size,
+            prepared.data.model_config.get_text_config().vocab_size,
             prepared.device,
         )
         engine.train_mode(True)
@@ -230,12 +171,12 @@ def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
     settings, sharded = prepared.resolved.settings, zero_stage(prepared.resolved) == 3
     precision = settings.train.precision
     if settings.model.path is None:
-        model = load.build_model(prepared.model_config, precision=precision, attention=prepared.attention)
+        model = load.build_model(prepared.data.model_config, precision=precision, attention=prepared.attention)
         load.initialize_weights(model, settings.train.seed, gather if sharded else None)
         return model
     if sharded:
         model = load.build_model(
-            prepared.model_config,
+            prepared.data.model_config,
             precision=precision,
             attention=prepared.attention,
             trust_remote_code=settings.model.trust_remote_code,
@@ -246,22 +187,23 @@ def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
             sharded_weights.load_sharded(model, files, comm.rank())
             return model
         report(f"weights: read whole by rank zero, since {reason}")
-    return load.load_pretrained(settings.model, prepared.model_config, precision=precision, attention=prepared.attention)
+    return load.load_pretrained(settings.model, prepared.data.model_config, precision=precision, attention=prepared.attention)
 
 
-def device_windows(prepared: Prepared, engine: Engine, state: TrainState) -> Iterator[list[ModelBatch]]:
-    """The micro-batches of one optimizer step after the other, on the device."""
-    for window in windows(
-        prepared.rows,
-        first_position=state.rows_consumed,
-        total_rows=prepared.plan.total_rows,
-        seed=prepared.plan.seed,
-        micro_batch_size=prepared.batch.micro_batch_size,
-        gradient_accumulation_steps=prepared.batch.gradient_accumulation_steps,
+def arranged_windows(prepared: Prepared, engine: Engine, state: TrainState) -> Windows[ModelBatch]:
+    """The micro-batches of one optimizer step after the other, laid out for the model, on the CPU."""
+    pin = engine.device.type == "cuda"
+    convert = partial(attention.arrange, implementation=prepared.attention, pin=pin)
+    return read_windows(
+        prepared.resolved,
+        prepared.data,
+        prepared.batch,
+        prepared.plan,
+        state,
+        convert,
         rank=comm.rank(),
         data_parallel_size=engine.data_parallel_size,
-    ):
-        yield [attention.arrange(batch, prepared.attention, engine.device) for batch in window]
+    )
 
 
 def evaluate_rows(prepared: Prepared, engine: Engine, rows: TokenRows, max_rows: int) -> tuple[float, int]:
@@ -273,4 +215,4 @@ def evaluate_rows(prepared: Prepared, engine: Engine, rows: TokenRows, max_rows:
         data_parallel_size=engine.data_parallel_size,
         max_rows=max_rows,
     )
-    return loop.evaluate(engine, (attention.arrange(batch, prepared.attention, engine.device) for batch in batches))
+    return loop.evaluate(engine, (attention.arrange(batch, prepared.attention) for batch in batches))

@@ -208,6 +208,37 @@ def check(
 
 
 @app.command()
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Sets = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="Samples of each source to print, trained tokens coloured.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes that tokenise; by default one for each core.")
+    ] = None,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Ranks to count the steps of the run for.")] = 1,
+) -> None:
+    """Tokenise and pack the data ahead of the run, and show what became of every record.
+
+    Needs no launcher and no GPU. What is done is kept: killed, it goes on where it was; `train` finds it and starts at once.
+    Unlike `train`, which stops at the first bad records, it reads to the end and lists them all.
+    """
+    resolved = _resolve(config, deepspeed, overrides, sets, None)
+
+    from ds_trainer.monitor import logs
+    from ds_trainer.prepare import prepare as story
+
+    console = logs.terminal()
+    try:
+        with logs.hushed():
+            story(resolved, console, world_size=world_size, show=show, workers=workers)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on where this one was", markup=False)
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", help="The folder to write.", show_default=False)],

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from ds_trainer import comm, loop
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.assemble import Prepared, build, device_windows, prepare
-from ds_trainer.data.loader import windows
+from ds_trainer.assemble import Prepared, arranged_windows, build, prepare
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder
+from ds_trainer.prepare import marked
 from ds_trainer.protocols import IGNORED, MicroBatch
+from ds_trainer.run_data import read_windows
 from ds_trainer.state import TrainState
 
 
@@ -47,6 +50,7 @@ def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Consol
         engine = build(prepared, say)
         plan = dataclasses.replace(prepared.plan, max_steps=min(steps, prepared.plan.max_steps))
         state = TrainState()
+        windows = arranged_windows(prepared, engine, state)
         recorder = Recorder(
             folder,
             progress,
@@ -54,9 +58,11 @@ def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Consol
             max_steps=plan.max_steps,
             device=prepared.device,
             write_events=lambda events: None,
+            data_waits=lambda: windows.waited_seconds,
         )
         with progress.bar(0, plan.max_steps):
-            loop.train(engine, device_windows(prepared, engine, state), state, plan, recorder, after_step=lambda state: None)
+            loop.train(engine, windows, state, plan, recorder, after_step=lambda state: None)
+        windows.close()
         engine.close()
     say(f"{state.step} steps ran in one process; nothing was saved. Metrics: {folder.metrics}")
 
@@ -65,43 +71,36 @@ def shown_rows(prepared: Prepared, count: int, colours: bool) -> list[Text]:
     """The first rows of the run, decoded, with the trained tokens marked."""
     if count == 0:
         return []
-    first = next(
-        windows(
-            prepared.rows,
-            first_position=0,
-            total_rows=prepared.plan.total_rows,
-            seed=prepared.plan.seed,
-            micro_batch_size=prepared.plan.global_batch_size,
-            gradient_accumulation_steps=1,
-            rank=0,
-            data_parallel_size=1,
-        )
-    )[0]
+    windows = read_windows(
+        prepared.resolved,
+        prepared.data,
+        prepared.batch,
+        prepared.plan,
+        TrainState(),
+        lambda batch: batch,
+        rank=0,
+        data_parallel_size=1,
+    )
+    window = next(windows)
+    windows.close()
+    rows = [(batch, row) for batch in window for row in range(batch.input_ids.shape[0])]
     marks = "green: trained, dim: not" if colours else "[[trained]], the rest is not"
     shown = [Text(f"the first rows as the model sees them ({marks})", style="bold")]
-    return shown + [decoded_row(prepared, first, row, colours) for row in range(min(count, first.input_ids.shape[0]))]
+    for number, (batch, row) in enumerate(rows[:count]):
+        shown.append(Text(f"row {number}: ", style="bold").append(decoded_row(prepared.data.tokenizer, batch, row, colours)))
+    return shown
 
 
-def decoded_row(prepared: Prepared, batch: MicroBatch, row: int, colours: bool) -> Text:
+def decoded_row(tokenizer: Any, batch: MicroBatch, row: int, colours: bool) -> Text:
     """One row as text; a token is trained when the position before it has it as its label."""
     length = int(batch.is_token[row].sum())
     ids = batch.input_ids[row, :length].tolist()
     labels = batch.labels[row, :length].tolist()
     starts = batch.position_ids[row, :length].tolist()
     trained = [False, *(label != IGNORED for label in labels[:-1])]
-    text = Text(f"row {row}: {length} tokens, {sum(trained)} trained\n", style="bold")
-    begin = 0
-    for end in range(1, length + 1):
-        if end < length and trained[end] == trained[begin] and starts[end] != 0:
-            continue
-        if starts[begin] == 0:
-            text.append("--- document\n", style="bold")
-        piece = prepared.tokenizer.decode(ids[begin:end])
-        if colours:
-            text.append(piece, style="green" if trained[begin] else "dim")
-        else:
-            text.append(f"[[{piece}]]" if trained[begin] else piece)
-        if end == length or starts[end] == 0:
-            text.append("\n")
-        begin = end
+    text = Text(f"{length} tokens, {sum(trained)} trained\n", style="bold")
+    documents = [at for at in range(length) if starts[at] == 0]
+    for begin, end in pairwise([*documents, length]):
+        text.append("--- document\n", style="bold")
+        text.append(marked(tokenizer, ids[begin:end], trained[begin:end], colours)).append("\n")
     return text

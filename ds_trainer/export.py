@@ -23,6 +23,7 @@ from ds_trainer.model.adapter import add_lora
 from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.objectives.chunked_head import plain_nll_sum
 from ds_trainer.protocols import MicroBatch
+from ds_trainer.run_data import cache_folder_of
 from ds_trainer.train import PROBE_ROWS
 
 Report = Callable[[str], None]
@@ -179,7 +180,7 @@ def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, prec
         settings.train.stage,
         tokenizer,
         seq_len=settings.data.seq_len,
-        cache_folder=Path(settings.data.cache_folder or Path(settings.checkpoint.folder).parent / "data_cache"),
+        cache_folder=cache_folder_of(settings),
         report=lambda line: None,
     )
     total, count = 0.0, 0
@@ -201,6 +202,6 @@ def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, prec
 @torch.no_grad()
 def plain_loss(model: Any, batch: MicroBatch) -> tuple[float, int]:
     """Sum of the loss over a batch's targets and their number, through the logits of an ordinary model."""
-    arranged = attention.arrange(batch, "sdpa", torch.device("cpu"))
+    arranged = attention.arrange(batch, "sdpa")
     logits = model(**arranged.inputs).logits.flatten(0, 1)
     return float(plain_nll_sum(logits[arranged.target_positions], arranged.targets)), arranged.num_targets

@@ -84,7 +84,7 @@ def train(
         num_targets = counts[0].clamp(min=1)
         loss = torch.zeros((), device=engine.device)
         for batch in window:
-            loss += engine.micro_step(batch, num_targets)
+            loss += engine.micro_step(batch.to(engine.device), num_targets)
         outcome = engine.end_step()
 
         end = state.rows_consumed + plan.global_batch_size
@@ -108,7 +108,7 @@ def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float,
     engine.train_mode(False)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in batches:
-        sums[0] += engine.evaluate(batch)
+        sums[0] += engine.evaluate(batch.to(engine.device))
         sums[1] += batch.num_targets
     nll_sum, num_targets = comm.sum_over_ranks(sums).tolist()
     engine.train_mode(True)

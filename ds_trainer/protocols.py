@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 IGNORED = -100
@@ -37,7 +38,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class ModelBatch:
-    """A micro-batch in the layout the attention implementation wants, on the device of the rank."""
+    """A micro-batch in the layout the attention implementation wants."""
 
     inputs: Mapping[str, Any]
     """Keyword arguments of the model's forward; `input_ids` (rows, positions) among them."""
@@ -52,3 +53,15 @@ class ModelBatch:
     def num_targets(self) -> int:
         """Labels that count in the loss; known without asking the device."""
         return self.targets.numel()
+
+    def to(self, device: torch.device) -> ModelBatch:
+        """The same on a device; the copy does not wait where the memory is pinned."""
+        return ModelBatch(
+            inputs={
+                name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+                for name, value in self.inputs.items()
+            },
+            target_positions=self.target_positions.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            num_tokens=self.num_tokens,
+        )

@@ -11,11 +11,21 @@ from torch import Tensor
 class TrainState:
     """Counts over all ranks since the first start of the run."""
 
-    def __init__(self, *, step: int = 0, rows_consumed: int = 0, tokens_seen: int = 0, targets_seen: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        step: int = 0,
+        rows_consumed: int = 0,
+        tokens_seen: int = 0,
+        targets_seen: int = 0,
+        stream: dict[str, Any] | None = None,
+    ) -> None:
         self.step = step
         """Optimizer steps that are complete."""
         self.rows_consumed = rows_consumed
         """Rows fed: the position in the order of the data."""
+        self.stream = stream or {}
+        """Where the lanes of a stream were when the run was resumed: the position of data that has no order of its own."""
         self._targets_and_tokens: Tensor | None = None
         self._before = (targets_seen, tokens_seen)
 
@@ -46,7 +56,8 @@ class TrainState:
     def from_json(cls, fields: dict[str, Any]) -> TrainState:
         """The state that `to_json` wrote."""
         names = ("step", "rows_consumed", "tokens_seen", "targets_seen")
-        return cls(**{name: int(fields[name]) for name in names})
+        counts = {name: int(fields[name]) for name in names}
+        return cls(**counts, stream=fields.get("stream"))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -16,14 +16,24 @@ from ds_trainer import comm, loop
 from ds_trainer.arguments.engine_config import offload_device, zero_stage
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
-from ds_trainer.assemble import Prepared, Report, build, device_windows, evaluate_rows, optimizer_name, prepare
+from ds_trainer.assemble import (
+    Prepared,
+    Report,
+    arranged_windows,
+    build,
+    evaluate_rows,
+    optimizer_name,
+    prepare,
+)
 from ds_trainer.checkpoint import manager
+from ds_trainer.data.loader import Windows
 from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import EXIT_REFUSED, RefusedError, ResumeError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder, environment
+from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState
 
 PROBE_ROWS = 16
@@ -60,6 +70,7 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:
             write_down(prepared, folder)
+        windows = arranged_windows(prepared, engine, state)
         recorder = Recorder(
             folder,
             progress,
@@ -67,16 +78,18 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
             max_steps=prepared.plan.max_steps,
             device=prepared.device,
             write_events=engine.write_events,
+            data_waits=lambda: windows.waited_seconds,
         )
         with progress.bar(state.step, prepared.plan.max_steps):
             loop.train(
                 engine,
-                device_windows(prepared, engine, state),
+                windows,
                 state,
                 prepared.plan,
                 recorder,
-                after_step=partial(evaluate_and_save, prepared, engine, folder, recorder),
+                after_step=partial(evaluate_and_save, prepared, engine, folder, recorder, windows),
             )
+        windows.close()
         engine.close()
     return state
 
@@ -90,8 +103,8 @@ def require_agreement(prepared: Prepared) -> None:
     facts = {
         "settings": digest(resolved_as_json(prepared.resolved)),
         "engine config": digest(prepared.engine_config.config),
-        "model config": digest(prepared.model_config.to_dict()),
-        "data": prepared.rows.fingerprint(),
+        "model config": digest(prepared.data.model_config.to_dict()),
+        "data": prepared.data.fingerprint,
         "torch": torch.__version__,
     }
     everyone = comm.gather_objects((socket.gethostname(), facts))
@@ -154,7 +167,7 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
     engine.load(found.path.parent, found.path.name, excluded_frozen=settings.adapter is not None)
     state = TrainState.from_json(found.manifest["state"])
     probe = found.manifest["probe"]
-    loss, _ = evaluate_rows(prepared, engine, prepared.held_out or prepared.rows, probe["rows"])
+    loss, _ = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])
     if not abs(loss - probe["loss"]) <= PROBE_TOLERANCE * abs(probe["loss"]):
         raise ResumeError(
             f"{found.path} was loaded, but the model computes a loss of {loss:.6f} where {probe['loss']:.6f} was saved with "
@@ -183,14 +196,14 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "zero_stage": zero_stage(prepared.resolved),
         "precision": settings.train.precision,
         "optimizer": optimizer_name(prepared),
-        "model": digest({**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}),
+        "model": digest({**prepared.data.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}),
         "adapter": settings.adapter.model_dump(mode="json") if settings.adapter else None,
         "global_batch_size": prepared.plan.global_batch_size,
         "seed": settings.train.seed,
         **optimization(prepared),
-        "data": prepared.rows.fingerprint(),
-        "rows": prepared.rows.num_rows,
-        "seq_len": prepared.rows.seq_len,
+        "data": prepared.data.fingerprint,
+        "rows": prepared.data.rows.num_rows if prepared.data.rows else None,
+        "seq_len": settings.data.seq_len,
     }
 
 
@@ -204,22 +217,25 @@ def optimization(prepared: Prepared) -> dict[str, Any]:
     return found
 
 
-def evaluate_and_save(prepared: Prepared, engine: Engine, folder: RunFolder, recorder: Recorder, state: TrainState) -> None:
+def evaluate_and_save(
+    prepared: Prepared, engine: Engine, folder: RunFolder, recorder: Recorder, windows: Windows[ModelBatch], state: TrainState
+) -> None:
     """Evaluate and save when the step is due for it. Collective."""
     settings = prepared.resolved.settings
     is_last = state.step == prepared.plan.max_steps
-    if settings.evaluate and prepared.held_out and (is_last or is_due(state.step, settings.evaluate.every_steps)):
-        loss, num_targets = evaluate_rows(prepared, engine, prepared.held_out, settings.evaluate.max_rows)
+    if settings.evaluate and prepared.data.held_out and (is_last or is_due(state.step, settings.evaluate.every_steps)):
+        loss, num_targets = evaluate_rows(prepared, engine, prepared.data.held_out, settings.evaluate.max_rows)
         recorder.evaluation(step=state.step, loss=loss, num_targets=num_targets)
     if is_last or is_due(state.step, settings.checkpoint.every_steps):
-        loss, num_targets = evaluate_rows(prepared, engine, prepared.held_out or prepared.rows, PROBE_ROWS)
+        loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
         frozen = settings.adapter is not None
+        lanes = {name: cursor for each in comm.gather_objects(windows.cursors) for name, cursor in each.items()}
         path = manager.save(
             folder.checkpoints,
             state.step,
             lambda where, name: engine.save(where, name, exclude_frozen=frozen),
             {
-                "state": state.to_json(),
+                "state": {**state.to_json(), "stream": lanes},
                 "run": run_identity(prepared),
                 "probe": {"rows": PROBE_ROWS, "loss": loss, "num_targets": num_targets},
                 "settings": settings.model_dump(mode="json"),

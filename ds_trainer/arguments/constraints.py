@@ -122,6 +122,71 @@ def _only_stage_3() -> Iterable[Constraint]:
 
 
 CONSTRAINTS: tuple[Constraint, ...] = (
+    # The data.
+    Constraint(
+        "weights_for_all_sources_or_none",
+        "data.sources",
+        lambda v: len({source.weight is None for source in v.settings.data.sources}) == 2,
+        "some of the sources have a weight and some have none. Give every one a weight, or none: without weights each row "
+        "comes once an epoch.",
+        "docs/design/order-of-data.md",
+    ),
+    Constraint(
+        "weights_need_max_steps",
+        "data.sources",
+        lambda v: (
+            all(source.weight is not None for source in v.settings.data.sources)
+            and len(v.settings.data.sources) > 1
+            and v.settings.train.max_steps is None
+        ),
+        "sources with weights end at different times, so the run has no epochs of its own. Say how long it is: "
+        "train.max_steps=1000.",
+        "docs/design/order-of-data.md",
+    ),
+    Constraint(
+        "held_out_sources_have_no_weight",
+        "evaluate",
+        lambda v: bool(v.settings.evaluate) and any(source.weight is not None for source in v.settings.evaluate.sources),  # type: ignore[union-attr]
+        "every held-out row is evaluated once: a source of evaluate.sources has no weight. Remove it, or use max_samples.",
+        "docs/data.md",
+    ),
+    Constraint(
+        "train_on_is_for_conversations",
+        "data.train_on",
+        lambda v: v.has("data.train_on") and v.settings.train.stage == "pretrain",
+        "data.train_on says what of a conversation is trained, and train.stage = pretrain trains on every token. Remove it.",
+        "docs/data.md",
+    ),
+    Constraint(
+        "bad_fraction_needs_skip",
+        "data.max_bad_fraction",
+        lambda v: v.has("data.max_bad_fraction") and v.settings.data.on_bad_record == "error",
+        "data.max_bad_fraction limits what is skipped, and data.on_bad_record = error skips nothing. "
+        "Write data.on_bad_record=skip, or remove it.",
+        "docs/data.md",
+    ),
+    Constraint(
+        "streaming_needs_max_steps",
+        "data.streaming",
+        lambda v: v.settings.data.streaming and v.settings.train.max_steps is None,
+        "a stream has no length that is known beforehand. Say how long the run is: train.max_steps=1000.",
+        "docs/data.md",
+    ),
+    Constraint(
+        "streaming_needs_held_out_data",
+        "data.streaming",
+        lambda v: v.settings.data.streaming and v.settings.evaluate is None,
+        "a stream is not read twice, and every checkpoint is proved on the same few rows. Give held-out data: "
+        "evaluate.sources, a file of a few hundred records is enough.",
+        "docs/data.md",
+    ),
+    Constraint(
+        "streaming_buffer_needs_streaming",
+        "data.streaming_buffer",
+        lambda v: v.has("data.streaming_buffer") and not v.settings.data.streaming,
+        "data.streaming_buffer has an effect with data.streaming only: otherwise all the data is shuffled. Remove it.",
+        "docs/data.md",
+    ),
     # The model and the adapter.
     Constraint(
         "model_path_or_config",

@@ -112,8 +112,8 @@ class DataSection(Section):
     """Where tokenised data is kept; by default `data_cache` beside the run folder."""
     streaming: bool = False
     """Tokenise while training, for a corpus that nobody wants to tokenise first. Needs `train.max_steps`."""
-    streaming_buffer: PositiveInt = 4096
-    """Samples that are shuffled and packed together when streaming."""
+    streaming_buffer: PositiveInt = 2
+    """Chunks of about 1 MiB (or 1,000 rows of a table) that are shuffled and packed together when streaming."""
     workers: NonNegativeInt = 1
     """Background workers of each rank: threads that read rows, or processes that tokenise when streaming. 0: none."""
     timeout_seconds: PositiveInt = 300

@@ -62,6 +62,8 @@ class Chunk:
     """Whether the file ends with this chunk."""
     bad: tuple[BadRecord, ...] = ()
     """What the reader itself found: a line that is too long, a file that is not what its name says."""
+    done: float = 0.0
+    """How much of the file has been read with this chunk, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +87,23 @@ class TokenizedChunk:
     """In the order of their lines."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What else is worth telling: `blank lines`, `records with text like a control token`, ..."""
+
+    def head(self, documents: int) -> TokenizedChunk:
+        """The first documents alone, and what was read up to the last of them."""
+        if documents >= len(self.lengths):
+            return self
+        spans, span_counts = self.spans, self.span_counts
+        if spans is not None and span_counts is not None:
+            span_counts = span_counts[:documents]
+            spans = spans[: int(span_counts.sum())]
+        bad = tuple(each for each in self.bad if each.line < self.lines[documents])
+        return TokenizedChunk(
+            tokens=self.tokens[: int(self.lengths[:documents].sum())],
+            lengths=self.lengths[:documents],
+            spans=spans,
+            span_counts=span_counts,
+            lines=self.lines[:documents],
+            read=documents + len(bad),
+            bad=bad,
+            counts=self.counts,
+        )

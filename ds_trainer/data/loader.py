@@ -1,130 +1,146 @@
-"""From rows to the micro-batches a rank feeds."""
+"""From rows to the windows a rank feeds, read ahead in the background."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
+from typing import Generic, TypeVar
 
-import numpy as np
-import torch
+from ds_trainer.data.order import Order, positions_of_window
+from ds_trainer.data.rows import Forgetting, TokenRows
+from ds_trainer.errors import TrainingError
+from ds_trainer.protocols import MicroBatch
 
-from ds_trainer.data.cache import Tokens
-from ds_trainer.data.order import positions_of_window, rows_of_window
-from ds_trainer.data.pack import Ints, Rows
-from ds_trainer.protocols import IGNORED, MicroBatch
+Batch = TypeVar("Batch")
+Job = tuple[str, Callable[[], list[Batch]]]
+"""What is read, in words, and the reading of it."""
+Tasks = SimpleQueue[tuple[Future[list[Batch]], Callable[[], list[Batch]]] | None]
 
-_SAMPLES, _SAMPLE = 64, 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row, as the arrays of MicroBatch: int64, (seq_len,)."""
-
-    input_ids: Ints
-    labels: Ints
-    position_ids: Ints
-    num_tokens: int
-    """Positions that hold a token; they come first."""
+_CLOSE_SECONDS = 1.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenRows:
-    """The data of a run, or what it is evaluated on. Everything is memory-mapped: a rank holds only the rows it reads."""
+class Windows(Generic[Batch]):
+    """An iterator over the windows of one rank that keeps account of the time spent waiting for them.
 
-    tokens: Tokens
-    plan: Rows
-    """Which parts of which documents lie in which row."""
-    seq_len: int
-    """Positions in a row, padding included."""
-    num_tokens: int
-    """Tokens of all rows, without padding."""
-    num_targets: int
-    """Labels of all rows that are not IGNORED."""
-    max_token_id: int
-    """The largest id in the data: the model's vocabulary must be larger."""
+    Windows are read ahead by threads: reading copies from memory maps, which takes a fraction of a step. One that does not
+    arrive in time (a disk that is gone, a worker that hangs) is an error that says what was being read.
+    """
 
-    def fingerprint(self) -> str:
-        """Tells this data from other data, by samples of its tokens and of their arrangement; takes milliseconds."""
-        digest = hashlib.sha256()
-        tokens, plan = self.tokens, self.plan
-        for array in (tokens.tokens, tokens.offsets, tokens.spans, plan.offsets, plan.segments.document):
-            digest.update(f"{len(array)} ".encode())
-            for start in np.linspace(0, max(0, len(array) - _SAMPLE), num=_SAMPLES, dtype=np.int64):
-                digest.update(array[start : start + _SAMPLE].tobytes())
-        return digest.hexdigest()[:16]
+    def __init__(self, jobs: Iterator[Job[Batch]], *, workers: int, timeout_seconds: float) -> None:
+        self.waited_seconds = 0.0
+        """Time the loop has stood waiting for data, in all."""
+        self.cursors: dict[str, dict[str, int]] = {}
+        """Where a stream is; empty for rows, whose position is a number."""
+        self._jobs = jobs
+        self._timeout = timeout_seconds
+        self._ahead = 2 * workers
+        self._waiting: deque[tuple[str, Future[list[Batch]]]] = deque()
+        self._tasks: Tasks[Batch] = SimpleQueue()
+        # Daemons, as an executor's threads are not: one that hangs must not keep the process from ending.
+        self._threads = [Thread(target=_work, args=(self._tasks,), name=f"data_{n}", daemon=True) for n in range(workers)]
+        for thread in self._threads:
+            thread.start()
 
-    @property
-    def num_rows(self) -> int:
-        """How many rows there are, at least 1."""
-        return self.plan.num_rows
+    def __iter__(self) -> Windows[Batch]:
+        return self
 
-    def row(self, index: int | None) -> Row:
-        """Read one row; None is the empty row, all padding.
+    def __next__(self) -> list[Batch]:
+        begun = time.monotonic()
+        try:
+            return self._read_ahead() if self._threads else next(self._jobs)[1]()
+        finally:
+            self.waited_seconds += time.monotonic() - begun
 
-        A label is the next token of the same segment if that one is trained. Positions restart with each segment, and with
-        the padded tail.
-        """
-        input_ids = np.zeros(self.seq_len, np.int64)
-        labels = np.full(self.seq_len, IGNORED, np.int64)
-        position_ids = np.empty(self.seq_len, np.int64)
-        tokens, segments = self.tokens, self.plan.segments
-        at = 0
-        segment_range = range(0) if index is None else range(self.plan.offsets[index], self.plan.offsets[index + 1])
-        for segment in segment_range:
-            document, start, length = (int(array[segment]) for array in (segments.document, segments.start, segments.length))
-            first = int(tokens.offsets[document]) + start
-            input_ids[at : at + length] = tokens.tokens[first : first + length]
-            position_ids[at : at + length] = np.arange(length)
-            spans = tokens.spans[tokens.span_offsets[document] : tokens.span_offsets[document + 1]]
-            for span_start, span_end in (spans - start).tolist():
-                low, high = max(span_start, 1), min(span_end, length)
-                if low < high:
-                    labels[at + low - 1 : at + high - 1] = input_ids[at + low : at + high]
-            at += length
-        position_ids[at:] = np.arange(self.seq_len - at)
-        return Row(input_ids, labels, position_ids, at)
+    def close(self) -> None:
+        """End the threads; what they still read is dropped."""
+        for _, future in self._waiting:
+            future.cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(_CLOSE_SECONDS)
+
+    def _read_ahead(self) -> list[Batch]:
+        while len(self._waiting) <= self._ahead and (job := next(self._jobs, None)) is not None:
+            what, read = job
+            future: Future[list[Batch]] = Future()
+            self._waiting.append((what, future))
+            self._tasks.put((future, read))
+        if not self._waiting:
+            self.close()
+            raise StopIteration
+        what, future = self._waiting.popleft()
+        try:
+            return future.result(self._timeout)
+        except TimeoutError:
+            raise TrainingError(
+                f"no data for {self._timeout:.0f} s (data.timeout_seconds): a worker hangs while it reads {what}. "
+                "Is the disk of the cache still there, and is it fast enough?"
+            ) from None
+
+
+def _work(tasks: Tasks[Batch]) -> None:
+    while (task := tasks.get()) is not None:
+        future, read = task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(read())
+            except BaseException as error:
+                future.set_exception(error)
+        del task, future, read  # or a window would be kept until the next one comes
 
 
 def windows(
     rows: TokenRows,
+    order: Order,
     *,
     first_position: int,
-    total_rows: int | None,
-    seed: int,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
     rank: int,
     data_parallel_size: int,
-) -> Iterator[list[MicroBatch]]:
+    convert: Callable[[MicroBatch], Batch],
+    workers: int = 0,
+    timeout_seconds: float = 300.0,
+) -> Windows[Batch]:
     """The windows of one rank, a list of gradient_accumulation_steps micro-batches for each optimizer step.
 
     Args:
         rows: the data; the same on every rank.
+        order: which of them comes when. The last window is filled up with empty rows, so that all ranks end at the same step.
         first_position: rows the whole job has consumed; 0, or what a checkpoint says.
-        total_rows: where the run ends: `order.total_rows`. The last window is filled up with empty rows, so that all ranks
-            end at the same step. None: it does not end.
-        seed: `train.seed`.
         micro_batch_size: rows per rank per forward.
         gradient_accumulation_steps: forwards per rank per optimizer step.
         rank: 0 <= rank < data_parallel_size.
         data_parallel_size: ranks that see different rows.
+        convert: what is to be done with each micro-batch ahead of time.
+        workers: threads that read ahead; 0 reads when asked.
+        timeout_seconds: for one window to arrive.
     """
-    global_batch_size = micro_batch_size * gradient_accumulation_steps * data_parallel_size
-    position = first_position
-    while total_rows is None or position < total_rows:
-        window = rows_of_window(
-            position,
-            num_rows=rows.num_rows,
-            seed=seed,
-            total_rows=total_rows,
-            micro_batch_size=micro_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            rank=rank,
-            data_parallel_size=data_parallel_size,
-        )
-        yield [_micro_batch(rows, indices) for indices in window]
-        position += global_batch_size
+    read = Forgetting(rows)
+
+    def jobs() -> Iterator[Job[Batch]]:
+        position = first_position
+        while order.total_rows is None or position < order.total_rows:
+            window = positions_of_window(
+                position,
+                micro_batch_size=micro_batch_size,
+                gradient_accumulation_steps=gradient_accumulation_steps,
+                rank=rank,
+                data_parallel_size=data_parallel_size,
+            )
+            folders = ", ".join(str(store.folder) for pool in rows.pools for store in pool.stores)
+            yield f"the rows at position {position} from {folders}", lambda window=window: read_window(window)  # type: ignore[misc]
+            position += micro_batch_size * gradient_accumulation_steps * data_parallel_size
+
+    def read_window(window: list[list[int]]) -> list[Batch]:
+        return [convert(read([order.row_at(position) for position in positions])) for positions in window]
+
+    return Windows(jobs(), workers=workers, timeout_seconds=timeout_seconds)
 
 
 def evaluation_batches(
@@ -148,14 +164,4 @@ def evaluation_batches(
         data_parallel_size=data_parallel_size,
     )
     for positions in batches:
-        yield _micro_batch(rows, [position if position < count else None for position in positions])
-
-
-def _micro_batch(rows: TokenRows, indices: Sequence[int | None]) -> MicroBatch:
-    read = [rows.row(index) for index in indices]
-    return MicroBatch(
-        input_ids=torch.from_numpy(np.stack([row.input_ids for row in read])),
-        labels=torch.from_numpy(np.stack([row.labels for row in read])),
-        position_ids=torch.from_numpy(np.stack([row.position_ids for row in read])),
-        is_token=torch.from_numpy(np.stack([np.arange(rows.seq_len) < row.num_tokens for row in read])),
-    )
+        yield rows.read([position if position < count else None for position in positions])

@@ -8,25 +8,79 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import ceil
+from math import ceil, gcd, lcm
 
+MAX_PERIOD = 100_000
+"""Longest period of a mixture; weights that need a longer one are rounded to it, each by less than 1e-5 of the rows."""
 _WORD = (1 << 64) - 1
 
 
-def row_at(position: int, num_rows: int, seed: int) -> int:
-    """The row fed at a position: each epoch is a permutation of all rows, another one each time.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """Which row is fed at which position of a run. Rows are numbered through all pools of rows, one after another.
+
+    Without weights there is one pool. With weights each source is a pool of its own: the sources take turns, and each goes
+    through its rows in epochs of its own.
+    """
+
+    num_rows: tuple[int, ...]
+    """Rows of each pool, each at least 1."""
+    weights: tuple[float, ...] = ()
+    """Of each pool; empty for one pool. They need not add up to 1."""
+    seed: int
+    """`train.seed`."""
+    total_rows: int | None
+    """Where the run ends; None if it does not end with the data."""
+
+    def row_at(self, position: int) -> int | None:
+        """The row fed at a position; None, an empty row, from the end of the run on."""
+        if self.total_rows is not None and position >= self.total_rows:
+            return None
+        if not self.weights:
+            return row_at(position, self.num_rows[0], self.seed)
+        pool, index = turn_at(position, self.weights)
+        return sum(self.num_rows[:pool]) + row_at(index, self.num_rows[pool], self.seed, pool)
+
+
+def passes(positions: int, num_rows: Sequence[int], weights: tuple[float, ...]) -> list[float]:
+    """How many epochs of each pool so many positions of a mixture are."""
+    sources, _, counts = _turns(weights)
+    periods, rest = divmod(positions, len(sources))
+    fed = [periods * count for count in counts]
+    for source in sources[:rest]:
+        fed[source] += 1
+    return [each / rows for each, rows in zip(fed, num_rows, strict=True)]
+
+
+def turn_at(position: int, weights: tuple[float, ...]) -> tuple[int, int]:
+    """Which source a position belongs to, and how many earlier positions belong to the same source.
+
+    In any prefix, a source has had its share of the positions to within one.
+    """
+    sources, earlier, counts = _turns(weights)
+    period, index = divmod(position, len(sources))
+    source = sources[index]
+    return source, period * counts[source] + earlier[index]
+
+
+def row_at(position: int, num_rows: int, seed: int, pool: int = 0) -> int:
+    """The row of a pool fed at a position of it: each epoch is a permutation of all rows, another one each time.
 
     Needs neither memory nor the rows before it, and gives the same answer on every machine and for ever.
 
     Args:
-        position: rows consumed before this one, over the whole run.
-        num_rows: rows of the data, at least 1.
+        position: rows of the pool consumed before this one, over the whole run.
+        num_rows: rows of the pool, at least 1.
         seed: `train.seed`.
+        pool: pools of one size go through their rows in different orders.
     """
     epoch, index = divmod(position, num_rows)
-    return _permute(index, num_rows, _round_keys(seed, epoch))
+    return _permute(index, num_rows, _round_keys(seed, epoch, pool))
 
 
 def total_rows(num_rows: int, epochs: float) -> int:
@@ -37,32 +91,6 @@ def total_rows(num_rows: int, epochs: float) -> int:
 def steps_for(total_rows: int, global_batch_size: int) -> int:
     """Optimizer steps that consume `total_rows` rows; the last one may be partial."""
     return -(-total_rows // global_batch_size)
-
-
-def rows_of_window(
-    first_position: int,
-    *,
-    num_rows: int,
-    seed: int,
-    total_rows: int | None,
-    micro_batch_size: int,
-    gradient_accumulation_steps: int,
-    rank: int,
-    data_parallel_size: int,
-) -> list[list[int | None]]:
-    """The rows one rank feeds in one optimizer step, a list for each micro-batch; see `positions_of_window`.
-
-    `total_rows` is where the run ends: a position from there on is None, an empty row. With None the run does not end.
-    """
-    window = positions_of_window(
-        first_position,
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        rank=rank,
-        data_parallel_size=data_parallel_size,
-    )
-    end = total_rows if total_rows is not None else window[-1][-1] + 1
-    return [[row_at(position, num_rows, seed) if position < end else None for position in positions] for positions in window]
 
 
 def positions_of_window(
@@ -91,10 +119,55 @@ def positions_of_window(
     return [list(range(start, start + micro_batch_size)) for start in starts]
 
 
+@lru_cache(maxsize=1)
+def _turns(weights: tuple[float, ...]) -> tuple[Sequence[int], Sequence[int], list[int]]:
+    """One period of a mixture: the source of each position, how many positions it had before, and how many it has in all.
+
+    Of the sources that may have the next position without running ahead, the one whose turn is due first has it: then no
+    source is ever more than 1 - 1 / (2 n - 2) positions from its share.
+
+    Source: Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
+    """
+    shares = _integer_shares(weights)
+    period, slack = sum(shares), 2 * len(shares) - 2
+    counts = [0] * len(shares)
+    sources, earlier = array("H"), array("i")
+    for position in range(1, period + 1):
+        chosen, due = 0, None
+        for source, share in enumerate(shares):
+            behind = share * position - counts[source] * period
+            if slack * behind >= period or slack == 0:
+                # ((1 - 1 / slack) - behind / period) / (share / period), times `slack` to stay whole
+                when = Fraction((slack - 1) * period - slack * behind, share)
+                if due is None or when < due:
+                    chosen, due = source, when
+        sources.append(chosen)
+        earlier.append(counts[chosen])
+        counts[chosen] += 1
+    return sources, earlier, counts
+
+
+def _integer_shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the ratio of the weights, which are taken as the decimals that were written."""
+    exact = [Fraction(repr(weight)) for weight in weights]
+    whole = lcm(*(each.denominator for each in exact))
+    shares = [int(each * whole) for each in exact]
+    shares = [share // gcd(*shares) for share in shares]
+    if sum(shares) <= MAX_PERIOD:
+        return shares
+    # Largest remainders; no source may vanish.
+    quotas = [Fraction(share, sum(shares)) * MAX_PERIOD for share in shares]
+    rounded = [max(1, int(quota)) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda source: int(quotas[source]) - quotas[source])
+    for source in by_remainder[: max(0, MAX_PERIOD - sum(rounded))]:
+        rounded[source] += 1
+    return rounded
+
+
 @lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = hashlib.blake2b(f"row order 1, seed {seed}, epoch {epoch}".encode(), digest_size=64).digest()
-    return struct.unpack("<8Q", digest)
+def _round_keys(seed: int, epoch: int, pool: int) -> tuple[int, ...]:
+    name = f"row order 1, seed {seed}, epoch {epoch}" + (f", pool {pool}" if pool else "")
+    return struct.unpack("<8Q", hashlib.blake2b(name.encode(), digest_size=64).digest())
 
 
 def _permute(index: int, size: int, keys: tuple[int, ...]) -> int:

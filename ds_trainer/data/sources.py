@@ -1,75 +1,58 @@
-"""Find the files of a source, and read their records so that every complaint can name path and line."""
+"""Find the files of a source, and decide how they are read and what a record of them is."""
 
 from __future__ import annotations
 
+import difflib
 import glob
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ds_trainer.arguments.schema import Source
-from ds_trainer.data.formats import FORMATS, BadRecordError, Conversation, Format, Record, fitting_formats
-from ds_trainer.errors import DataError, Problem
+from ds_trainer.data.chunks import BadRecord, Record
+from ds_trainer.data.formats import FORMATS, Format, fitting_formats
+from ds_trainer.data.readers import Kind, check_magic, json_kind, parse_chunk, read_chunks
+from ds_trainer.errors import DataError
 
 Stage = Literal["pretrain", "sft"]
 Report = Callable[[str], None]
 """Takes one line meant for the user."""
 
-JSON_LINES = (".jsonl", ".json", ".ndjson")
-MAX_PROBLEMS = 5
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class Sample(NamedTuple):
-    """One record, read and checked."""
-
-    where: str
-    """`path:line`."""
-    content: str | Conversation
-    """A text to pretrain on, or a conversation to fine-tune on."""
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "json_lines",
+    ".ndjson": "json_lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".bin": "tokens",
+    ".idx": "tokens",
+}
+_PACKABLE = ("json_lines", "json", "csv", "text")
+_NAMES = "JSON lines (.jsonl, .ndjson), JSON (.json), .csv, .parquet or .arrow; text may also end in .gz or .zst"
+_MAX_BAD_AT_START = 100
+"""So many bad records before the first good one are no accident."""
+_HUB_TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class FoundSource:
-    """The files of one source, and how to read them."""
+    """The files of one source, and how to read them. Picklable."""
 
+    source: Source
+    """As in the run file."""
     files: tuple[Path, ...]
-    """Sorted; relative if the run file's path is."""
+    """Sorted; relative if the run file's path is. Of pre-tokenised data, the index (.idx) of each corpus."""
+    kind: Kind
+    """How the files are read, all of them the same way."""
     format: Format
-
-
-class Problems:
-    """Collects what is wrong with the records, so that the user sees the first few together."""
-
-    def __init__(self) -> None:
-        self._found: list[Problem] = []
-
-    def add(self, where: str, what: str) -> None:
-        """Keep a problem.
-
-        Raises:
-            DataError: this was the last of MAX_PROBLEMS; reading on would only cost time.
-        """
-        self._found.append(Problem(where=where, what=what))
-        if len(self._found) == MAX_PROBLEMS:
-            self.raise_if_any()
-
-    def raise_if_any(self) -> None:
-        """Raise all problems as one error.
-
-        Raises:
-            DataError: there is at least one problem.
-        """
-        if not self._found:
-            return
-        count = len(self._found)
-        first = "the first " if count == MAX_PROBLEMS else ""
-        head = f"{first}{count} {'problem' if count == 1 else 'problems'}"
-        raise DataError("\n".join([f"{head} in the data; nothing was started.", *(f"  {each}" for each in self._found)]))
+    """What a record is; never `auto`."""
 
 
 def find_sources(sources: Sequence[Source], stage: Stage, report: Report) -> list[FoundSource]:
@@ -81,97 +64,270 @@ def find_sources(sources: Sequence[Source], stage: Stage, report: Report) -> lis
         report: is told the format of each source, and which keys of its records are not used.
 
     Raises:
-        DataError: no such file, an unknown format, or one that the stage cannot train on.
+        DataError: no such file or data set, a file that is not what its name says, an unknown format, or one that the
+            stage cannot train on.
     """
     found = []
     for source in sources:
-        files = _find_files(source.path)
-        first = _first_keys(files[0])
-        format = _detect_format(source, files[0], first) if source.format == "auto" else source.format
-        _check_stage(source.path, format, stage)
+        files = _find_files(source)
+        kind = _common_kind(source, files)
+        if kind == "tokens":
+            found.append(_find_tokens(source, files, stage, report))
+            continue
+        if source.format == "tokens":
+            raise DataError(
+                f"{files[0]}: format tokens is read from the .idx and .bin of a Megatron corpus. Name one of those."
+            )
         for file in files:
-            if format != "text" and not _is_json_lines(file):
-                raise DataError(
-                    f"{file}: format {format} is read from JSON lines, one object a line, in a file named "
-                    f"{', '.join(JSON_LINES)}. Convert it to {file.with_suffix('.jsonl')}."
-                )
+            check_magic(file, kind)
+        keys = _first_keys(FoundSource(source, files, kind, "text"))
+        _check_fields(source, files[0], keys)
+        renamed = list(rename(dict.fromkeys(keys), source.fields))
+        format = _detect_format(files[0], renamed) if source.format == "auto" else source.format
+        _check_stage(source.path, format, stage)
+        if kind == "text" and format != "text":
+            raise DataError(
+                f"{files[0]}: format {format} is read from {_NAMES}. Convert it to {files[0].with_suffix('.jsonl')}."
+            )
+        foreign = [key for key in source.fields if key not in FORMATS[format].keys]
+        if foreign:
+            raise DataError(
+                f"{source.path}: `fields` maps to `{foreign[0]}`, which format {format} does not read; "
+                f"it reads {', '.join(sorted(FORMATS[format].keys))}."
+            )
         if source.format != "auto":
             how = "as stated"
         else:
-            how = "by the keys of its first record" if _is_json_lines(files[0]) else "one document a file"
-        unused = sorted(key for key in first if key not in FORMATS[format].keys)
+            how = "one document a file" if kind == "text" else "by the keys of its first record"
+        read = {source.fields.get(key, key) for key in FORMATS[format].keys}
+        unused = sorted(key for key in keys if key not in read)
         ignored = f"; not used: {', '.join(unused)}" if unused else ""
-        plural = "file" if len(files) == 1 else "files"
-        report(f"{source.path}: {len(files)} {plural}, format {format} ({how}){ignored}")
-        found.append(FoundSource(files=files, format=format))
+        report(f"{source.path}: {_count(files)}, format {format} ({how}){ignored}")
+        found.append(FoundSource(source, files, kind, format))
     return found
 
 
-def read_samples(source: FoundSource, problems: Problems) -> Iterator[Sample]:
-    """Read the records of a source, in the order of its files; a bad one goes to `problems` and is left out.
+def rename(record: Record, fields: Mapping[str, str]) -> Record:
+    """The record with the format's keys in place of its own.
 
-    Raises:
-        DataError: a file cannot be opened, or `problems` is full.
+    A record that lacks a mapped key lacks the format's key too, even if it has one of that name: nothing is guessed.
+
+    Args:
+        record: as read.
+        fields: the format's key -> the record's.
     """
-    convert = FORMATS[source.format].convert
-    for path in source.files:
-        for line, record in _read_records(path, problems):
-            where = f"{path}:{line}"
-            try:
-                content = convert(record)
-            except BadRecordError as error:
-                problems.add(where, f"{error}. (Format {source.format}.)")
-            else:
-                yield Sample(where, content)
+    if not fields:
+        return record
+    kept = {key: value for key, value in record.items() if key not in fields and key not in fields.values()}
+    return kept | {key: record[own] for key, own in fields.items() if own in record}
 
 
-def _find_files(pattern: str) -> tuple[Path, ...]:
-    if os.path.isdir(pattern):
-        raise DataError(f"{pattern}: is a folder; a source is a file or a glob. Write {os.path.join(pattern, '*.jsonl')}.")
-    # A path that exists is meant literally, even if it holds brackets or stars.
-    names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+def _find_files(source: Source) -> tuple[Path, ...]:
+    path = source.path
+    if os.path.isdir(path):
+        return _files_of_saved(source)
+    # A path that exists is meant literally, even if it holds brackets or stars; Megatron's tools name a corpus by its stem.
+    literal = next((name for name in (path, f"{path}.idx") if os.path.isfile(name)), None)
+    names = [literal] if literal else sorted(glob.glob(path, recursive=True))
     files = tuple(Path(name) for name in names if os.path.isfile(name))
+    if not files and _may_be_hub_id(path):
+        return _files_of_hub(source)
     if not files:
         raise DataError(
-            f"{pattern}: matches no file ({os.path.abspath(pattern)}). Paths are relative to the current folder; "
+            f"{path}: matches no file ({os.path.abspath(path)}). Paths are relative to the current folder; "
             "correct the path, or write an absolute one."
+        )
+    for key, value in (("split", source.split), ("subset", source.subset)):
+        if value is not None:
+            raise DataError(
+                f"{path}: `{key}: {value}` is for a folder of `datasets` or a hub id, and this is a file. Remove it."
+            )
+    return files
+
+
+def _files_of_saved(source: Source) -> tuple[Path, ...]:
+    """The Arrow files of a folder that `save_to_disk` wrote, in their order."""
+    folder = Path(source.path)
+    if source.subset is not None:
+        raise DataError(f"{folder}: `subset: {source.subset}` is for a hub id, and this is a folder. Remove it.")
+    if (folder / "dataset_dict.json").is_file():
+        splits = _read_json(folder / "dataset_dict.json").get("splits", [])
+        if source.split not in splits:
+            wanted = "without `split`" if source.split is None else f"`split: {source.split}`"
+            raise DataError(
+                f"{folder}: {wanted}, but the folder holds the splits {', '.join(splits)}. Write `split: {splits[0]}`."
+            )
+        folder /= str(source.split)
+    elif not (folder / "state.json").is_file():
+        raise DataError(f"{folder}: is a folder; a source is a file or a glob. Write {os.path.join(folder, '*.jsonl')}.")
+    elif source.split is not None and source.split != _read_json(folder / "state.json").get("_split"):
+        raise DataError(f"{folder}: `split: {source.split}`, but the folder holds a single data set. Remove `split`.")
+    state = _read_json(folder / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{folder}: holds a selection of rows by index. Call `flatten_indices()` before `save_to_disk`.")
+    files = tuple(folder / each["filename"] for each in state.get("_data_files", []))
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or not files:
+        raise DataError(f"{folder}: {missing[0] if missing else 'every data file'} is missing; copy the whole folder.")
+    return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save the data set again with `save_to_disk`.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is no JSON object; save the data set again with `save_to_disk`.")
+    return content
+
+
+def _may_be_hub_id(path: str) -> bool:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path, re.ASCII) or os.path.isdir(path.split("/")[0]):
+        return False
+    return _kind_of(Path(path)) is None and Path(path).suffix not in (".gz", ".zst")
+
+
+def _files_of_hub(source: Source) -> tuple[Path, ...]:
+    """The Arrow files that `datasets` makes of a data set of the hub, in its cache."""
+    split = source.split or "train"
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise DataError(f"{source.path}: `split: {split}` is an expression; name one split, and take less with `max_samples`.")
+    _check_hub(source.path)
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{source.path}: is no file here, so it is taken for a hub id, and that needs the package `datasets`. "
+            "Run `pip install datasets`, or correct the path."
+        ) from None
+    try:
+        loaded = datasets.load_dataset(source.path, name=source.subset, split=split)
+    except datasets.exceptions.DatasetNotFoundError:
+        raise DataError(
+            f"{source.path}: no file here, and no data set on the hub that may be read. Correct the path or the id; "
+            "log in with `hf auth login` if it is private or gated."
+        ) from None
+    except Exception as error:  # whatever its many builders raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        raise DataError(
+            f"{source.path}: `datasets` cannot load it (subset {source.subset}, split {split}): {what}. "
+            "Correct the path if a file is meant, else `subset` or `split`; or give a folder that `save_to_disk` wrote."
+        ) from None
+    files = tuple(Path(each["filename"]) for each in loaded.cache_files)
+    if not files:
+        raise DataError(
+            f"{source.path}: `datasets` keeps split {split} in no file; save it with `save_to_disk`, give the folder."
         )
     return files
 
 
-def _is_json_lines(path: Path) -> bool:
-    return path.suffix.lower() in JSON_LINES
+def _check_hub(path: str) -> None:
+    """One short request: the libraries would try for minutes. With HF_HUB_OFFLINE only the cache counts, and it is fast."""
+    from huggingface_hub import constants, get_session
 
-
-def _first_keys(path: Path) -> list[str]:
-    """The keys of the first readable record: bad ones before it are reported when the file is read as a whole."""
-    if not _is_json_lines(path):
-        return ["text"]
-    problems = Problems()
-    for _, record in _read_records(path, problems):
-        return list(record)
-    problems.raise_if_any()
-    raise AssertionError("a file without records is a problem")
-
-
-def _detect_format(source: Source, path: Path, keys: Sequence[str]) -> Format:
-    if not _is_json_lines(path) and path.suffix.lower() != ".txt":
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
+    except Exception as error:  # of whichever HTTP library is behind the session
         raise DataError(
-            f"{path}: the name does not tell what the file holds. Write `format: text` if each such file is one document; "
-            f"records are read from JSON lines, named {', '.join(JSON_LINES)}."
-        )
+            f"{path}: no such file ({os.path.abspath(path)}), and as a hub id it cannot be loaded: {constants.ENDPOINT} "
+            f"does not answer ({type(error).__name__}: {str(error)[:200]}). Correct the path if a file is "
+            "meant; else load the data set where there is a network, save it with `save_to_disk`, and give that folder."
+        ) from None
+
+
+def _kind_of(path: Path) -> Kind | None:
+    """How a file of this name is read; None if the name does not tell."""
+    suffix = path.suffix.lower()
+    if suffix not in (".gz", ".zst"):
+        return _KINDS.get(suffix)
+    kind = _KINDS.get(Path(path.stem).suffix.lower())
+    return kind if kind in _PACKABLE else None
+
+
+def _common_kind(source: Source, files: Sequence[Path]) -> Kind:
+    first: Kind | None = None
+    for file in files:
+        kind = _kind_of(file)
+        if kind == "json":
+            kind = json_kind(file)
+        if kind is None:
+            if source.format not in ("text", "tokens"):
+                stated = f"format {source.format} is read" if source.format != "auto" else "records are read"
+                raise DataError(
+                    f"{file}: the name does not tell what the file holds. Write `format: text` if each such file is one "
+                    f"document; {stated} from {_NAMES}."
+                )
+            kind = "text"
+        first = first or kind
+        if kind != first:
+            raise DataError(
+                f"{source.path}: {files[0]} is read as {first} and {file} as {kind}; the files of a source are read the "
+                "same way. Make them two sources."
+            )
+    assert first is not None
+    return first
+
+
+def _find_tokens(source: Source, files: Sequence[Path], stage: Stage, report: Report) -> FoundSource:
+    """A pre-tokenised corpus: an .idx and a .bin, of which either may be named."""
+    if source.format not in ("auto", "tokens"):
+        raise DataError(f"{files[0]}: holds tokens, not records of format {source.format}. Write `format: tokens`.")
+    if source.fields:
+        raise DataError(f"{files[0]}: holds tokens, which have no keys. Remove `fields`.")
+    if stage != "pretrain":
+        raise DataError(f"{files[0]}: tokens have no assistant turns, but train.stage = {stage}. Write train.stage=pretrain.")
+    indices = tuple(dict.fromkeys(file.with_suffix(".idx") for file in files))
+    for index in indices:
+        for file in (index, index.with_suffix(".bin")):
+            if not file.is_file():
+                raise DataError(f"{file}: is missing; a corpus of tokens is an .idx and a .bin side by side. Copy both.")
+        check_magic(index, "tokens")
+    report(f"{source.path}: {_count(indices)}, format tokens ({'by its name' if source.format == 'auto' else 'as stated'})")
+    return FoundSource(source, indices, "tokens", "tokens")
+
+
+def _first_keys(found: FoundSource) -> list[str]:
+    """The keys of the first readable record: bad ones before it are reported when the files are read as a whole."""
+    bad: list[BadRecord] = []
+    for each in chain.from_iterable(parse_chunk(chunk) for chunk in read_chunks(found)):
+        if not isinstance(each, BadRecord):
+            return list(each[1])
+        bad.append(each)
+        if len(bad) == _MAX_BAD_AT_START:
+            break
+    head = f"{len(bad)} bad {'record' if len(bad) == 1 else 'records'} and no good one; nothing was started."
+    raise DataError("\n".join([f"{found.source.path}: {head}", *(f"  {each}" for each in bad[:5])]))
+
+
+def _check_fields(source: Source, path: Path, keys: Sequence[str]) -> None:
+    known = sorted(set().union(*(rule.keys for rule in FORMATS.values())))
+    for key, own in source.fields.items():
+        if source.format == "auto" and key not in known:
+            raise DataError(f"{source.path}: `fields` maps to `{key}`, which no format reads; they read {', '.join(known)}.")
+        if own not in keys:
+            near = difflib.get_close_matches(own, keys, 1, 0.0)
+            meant = f"; is `{near[0]}` meant?" if near else "."
+            raise DataError(
+                f"{path}: `fields` takes `{key}` from `{own}`, which the first record lacks (found: {_shown(keys)}){meant}"
+            )
+
+
+def _detect_format(path: Path, keys: Sequence[str]) -> Format:
     fitting = fitting_formats(keys)
     if len(fitting) == 1:
         return fitting[0]
-    shown = ", ".join(f"`{key[:40]}`" for key in keys[:8]) or "none"
     if fitting:
         raise DataError(
-            f"{path}: the first record fits {len(fitting)} formats, {' and '.join(fitting)} (its keys: {shown}). "
+            f"{path}: the first record fits {len(fitting)} formats, {' and '.join(fitting)} (its keys: {_shown(keys)}). "
             f"Say which one is meant: `format: {fitting[-1]}`."
         )
     raise DataError(
-        f"{path}: the keys of the first record ({shown}) are those of no format. Use `text`; `messages`; "
-        "`prompt` and `response` or `completion`; or `instruction`, `output` and perhaps `input`."
+        f"{path}: the keys of the first record ({_shown(keys)}) are those of no format. Use `text`; `messages`; "
+        "`conversations`; `prompt` and `response` or `completion`; or `instruction` and `output`. Or say with `fields` which "
+        "key is which, as in `fields: {text: content}`."
     )
 
 
@@ -179,113 +335,24 @@ def _check_stage(path: str, format: Format, stage: Stage) -> None:
     needed = FORMATS[format].stage
     if needed == stage:
         return
-    if stage == "pretrain":
+    if stage == "pretrain" and needed == "sft":
         raise DataError(
             f"{path}: format {format} holds conversations, but train.stage = pretrain trains on every token of a text. "
             'Write train.stage=sft, or give records like {"text": ...}.'
         )
+    if stage == "sft" and needed == "pretrain":
+        raise DataError(
+            f"{path}: format text has no assistant turns, but train.stage = sft trains on those only. "
+            'Write train.stage=pretrain, or give records like {"prompt": ..., "response": ...}.'
+        )
     raise DataError(
-        f"{path}: format text has no assistant turns, but train.stage = sft trains on those only. "
-        'Write train.stage=pretrain, or give records like {"prompt": ..., "response": ...}.'
+        f"{path}: format {format} is for train.stage = {needed}, but train.stage = {stage}. Use data of another format."
     )
 
 
-def _read_records(path: Path, problems: Problems) -> Iterator[tuple[int, Record]]:
-    try:
-        if _is_json_lines(path):
-            yield from _read_json_lines(path, problems)
-        else:
-            yield from _read_document(path, problems)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror} ({path.absolute()}).") from None
+def _shown(keys: Sequence[str]) -> str:
+    return ", ".join(f"`{key[:40]}`" for key in keys[:8]) or "none"
 
 
-def _read_document(path: Path, problems: Problems) -> Iterator[tuple[int, Record]]:
-    raw = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
-    if not raw.strip():
-        problems.add(str(path), "the file is empty; fill it or leave it out of the source")
-    elif b"\0" in raw:
-        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
-        problems.add(f"{path}:{line}", "a NUL byte; is this UTF-16 or no text at all? Save the file as UTF-8")
-    else:
-        size = path.stat().st_size - len(raw)
-        document = _decode(raw, path, line=1, offset=size, problems=problems)
-        if document is not None:
-            yield 1, {"text": document}
-
-
-def _read_json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, Record]]:
-    offset, last_filled, blank = 0, 0, None
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, start=1):
-            start, offset = offset, offset + len(raw)
-            if line == 1 and raw.startswith(_BYTE_ORDER_MARK):
-                raw, start = raw[len(_BYTE_ORDER_MARK) :], start + len(_BYTE_ORDER_MARK)
-            if not raw.strip():
-                blank = blank or line
-                continue
-            if blank is not None:  # only now is it known not to stand at the end
-                problems.add(f"{path}:{blank}", "a blank line between records; there is one JSON object a line, remove it")
-                blank = None
-            last_filled = line
-            record = _parse(raw, path, line, start, problems)
-            if record is not None:
-                yield line, record
-    if not last_filled:
-        problems.add(str(path), "the file is empty; fill it or leave it out of the source")
-
-
-def _parse(raw: bytes, path: Path, line: int, offset: int, problems: Problems) -> Record | None:
-    where = f"{path}:{line}"
-    decoded = _decode(raw, path, line=line, offset=offset, problems=problems)
-    if decoded is None:
-        return None
-    try:
-        record = json.loads(
-            decoded.rstrip(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
-        )
-    except BadRecordError as error:
-        problems.add(where, str(error))
-    except json.JSONDecodeError as error:
-        problems.add(where, f"not valid JSON ({error.msg}, column {error.colno}); write one JSON object a line")
-    except RecursionError:
-        problems.add(where, "nested too deeply for a record; is this the right file?")
-    except ValueError as error:  # an integer of thousands of digits
-        problems.add(where, f"a number that cannot be read ({error}); shorten it")
-    else:
-        if isinstance(record, dict):
-            return record
-        kind = "a list" if isinstance(record, list) else "a single value"
-        problems.add(where, f"the line is {kind}; write one JSON object a line, as `jq -c '.[]'` makes of a list")
-    return None
-
-
-def _decode(raw: bytes, path: Path, *, line: int, offset: int, problems: Problems) -> str | None:
-    """The bytes as text. `offset` is where in the file they start, `line` the line they start on."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad_line = line + raw.count(b"\n", 0, error.start)
-        what = f"byte {offset + error.start} of the file (0x{raw[error.start]:02x}) is not UTF-8; save the file as UTF-8"
-        problems.add(f"{path}:{bad_line}", what)
-        return None
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRecordError(f"the key `{twice[:40]}` stands twice in one object; remove one of them")
-    return record
-
-
-def _refuse_constant(name: str) -> Any:
-    raise BadRecordError(f"{name} is no JSON value; write a finite number or null")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise BadRecordError(f"{digits[:40]} is too large for a number; write a finite number or null")
-    return value
+def _count(files: Sequence[Path]) -> str:
+    return f"{len(files)} {'file' if len(files) == 1 else 'files'}"

@@ -1,37 +1,134 @@
-"""From samples to token ids, in batches, so that the tokenizer can use all cores."""
+"""From a chunk of records to its tokens, and the recipe by which any process does that alike."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from tokenizers import Tokenizer
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
 
-from ds_trainer.data.formats import BadRecordError
-from ds_trainer.data.render import Rendered, Span, adds_bos, render_conversation, trained_tokens
-from ds_trainer.data.sources import Problems, Report, Sample
-from ds_trainer.errors import ModelError
+from ds_trainer.data.chunks import BadRecord, BadRecordError, Chunk, TokenizedChunk
+from ds_trainer.data.formats import FORMATS, Conversation, Format
+from ds_trainer.data.readers import parse_chunk
+from ds_trainer.data.render import (
+    ControlTokens,
+    Rendered,
+    Span,
+    TrainOn,
+    across_border,
+    adds_bos,
+    render_conversation,
+    trained_tokens,
+)
+from ds_trainer.data.sources import rename
+from ds_trainer.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Backend = dict[str, Any]
+"""A tokenizer as the `tokenizers` library writes it."""
 Item = TypeVar("Item")
 
-BATCH_SAMPLES = 1024
-BATCH_CHARACTERS = 4 * 1024 * 1024
-PROGRESS_SECONDS = 5.0
+LARGEST_UINT16 = 65_500
+"""Tokenizers with fewer ids than this are stored in 16 bits; the same limit as Megatron's, whose files we read."""
+BATCH = 64
+"""Texts encoded at a time: what an encoding takes beside its ids is a hundred times as large, so few should live at once."""
+CACHED_WORDS = 200_000
+"""Words whose tokens a BPE remembers; its own 10,000 are soon full, and then nothing new is kept."""
+CONTROL_COUNT = "records with text like a control token"
+EMPTY_COUNT = "empty texts"
+
+_KEEPS_TEXT = frozenset({"NFC", "NFD", "Prepend", "Replace", "Strip"})
+"""Normalizers that cannot make the text of a control token out of other characters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """The tokens of one sample."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All that decides which tokens a record becomes. Picklable; says nothing about files."""
 
-    ids: list[int]
-    trained: list[Span]
-    """Token positions that are trained; sorted, disjoint, not empty."""
+    format: Format
+    stage: Literal["pretrain", "sft"]
+    fields: Mapping[str, str]
+    """The format's key -> the record's, as in `Source.fields`."""
+    backend: str
+    """The tokenizer, as `backend_json` gives it."""
+    special_tokens: Mapping[str, Any]
+    """What templates see: `tokenizer.special_tokens_map`."""
+    bos: int | None
+    """Put before every text; a template writes its own."""
+    eos: int | None
+    """Put after every text; None if the tokenizer has no end-of-text token."""
+    template: str | None
+    """Jinja source; None for texts."""
+    train_on: TrainOn
+    dtype: Literal["uint16", "int32"]
+    """Holds every id of the tokenizer."""
+
+    def fingerprint_parts(self) -> dict[str, Any]:
+        """Everything as JSON, the tokenizer by its hash: equal parts and equal records give equal tokens."""
+        parts = asdict(self)
+        return parts | {"backend": hashlib.sha256(self.backend.encode()).hexdigest()}
+
+
+def make_recipe(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: Format,
+    fields: Mapping[str, str],
+    stage: Literal["pretrain", "sft"],
+    template: str | None,
+    train_on: TrainOn = "assistant",
+) -> Recipe:
+    """Decide how the records of a source become tokens.
+
+    Args:
+        tokenizer: a fast tokenizer, already loaded.
+        format: how records are read; one that the stage can train on.
+        fields: `Source.fields`.
+        stage: `train.stage`.
+        template: as `effective_chat_template` gives it; None for `pretrain`.
+        train_on: `data.train_on`; texts are always trained whole.
+
+    Raises:
+        DataError: the format belongs to another stage, or the template is no valid Jinja.
+        ModelError: the tokenizer is a slow one.
+    """
+    needed = FORMATS[format].stage
+    if needed in ("preference", "kto"):
+        what = "pairs" if needed == "preference" else "labelled answers"
+        raise DataError(
+            f"format {format} holds {what} and comes with the preference stages; train.stage={stage} cannot train on it. "
+            "Give the answers to imitate as prompt_response or messages."
+        )
+    if needed != stage:
+        raise DataError(f"format {format} is for train.stage={needed}, not {stage}. Change one of them.")
+    recipe = Recipe(
+        format=format,
+        stage=stage,
+        fields=dict(fields),
+        backend=backend_json(tokenizer),
+        special_tokens=dict(tokenizer.special_tokens_map),
+        bos=tokenizer.bos_token_id if adds_bos(tokenizer) else None,
+        eos=tokenizer.eos_token_id,
+        template=template if stage == "sft" else None,
+        train_on=train_on,
+        dtype="uint16" if max(tokenizer.get_vocab().values(), default=0) < LARGEST_UINT16 else "int32",
+    )
+    if recipe.template is not None:
+        trial = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        with suppress(BadRecordError):  # the real conversations may be others
+            render_conversation(trial, recipe.template, recipe.special_tokens)
+    return recipe
 
 
 def backend_json(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -53,99 +150,263 @@ def backend_json(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps(parts | {"truncation": None, "padding": None, "post_processor": None})
 
 
-def tokenize_texts(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase, report: Report) -> Iterator[Document]:
-    """Tokenise documents to pretrain on: all tokens are trained.
+def control_tokens(backend: Backend) -> ControlTokens | None:
+    """The special tokens of a tokenizer, which no content may write; None if it has none."""
+    texts = [token["content"] for token in backend["added_tokens"] if token["special"] and token["content"]]
+    return ControlTokens(texts, always=not _normalizers(backend["normalizer"]) <= _KEEPS_TEXT) if texts else None
 
-    A document starts with the beginning-of-text token if the tokenizer puts one, and ends with the end-of-text token if
-    there is one. An empty text stays empty.
 
-    Raises:
-        ModelError: the tokenizer is a slow one.
+def renamed_backend(backend: Backend, names: Mapping[str, str]) -> Backend:
+    """The tokenizer with other names for its special tokens, ids unchanged; plain text cannot reach their ids in any way.
+
+    Args:
+        backend: the object `backend_json` writes.
+        names: special token -> its new name, such as `ControlTokens.written`.
     """
-    backend = Tokenizer.from_str(backend_json(tokenizer))
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if not end:
-        report("the tokenizer has no end-of-text token: documents end without one")
-    progress = _Progress(report)
-    for batch in _batches((_text(sample) for sample in samples), size=len):
-        for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
-            ids = [*start, *encoding.ids, *end] if encoding.ids else []
-            yield Document(ids, [(0, len(ids))] if ids else [])
-            progress.add(len(ids))
+    model = dict(backend["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): id for piece, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
+        model["merges"] = [merge for merge, pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
+    added = [
+        token | {"content": names.get(token["content"], token["content"])} if token["special"] else token
+        for token in backend["added_tokens"]
+    ]
+    return backend | {"model": model, "added_tokens": added}
 
 
-def tokenize_conversations(
-    samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase, template: str, problems: Problems, report: Report
-) -> Iterator[Document]:
-    """Tokenise conversations: the assistant's tokens are trained. What cannot be masked goes to `problems`.
+def byte_lengths(backend: Backend) -> NDArray[np.int32] | None:
+    """Bytes of UTF-8 each token stands for, by id; None if tokens do not simply cut the bytes of a text into pieces.
 
-    Raises:
-        DataError: `problems` is full, or the template is no valid Jinja.
-        ModelError: the tokenizer is a slow one.
+    They do in byte-level BPE, which GPT-2, Llama 3 and Qwen have. Where its tokens stand then follows from their ids, and the
+    library need not keep track of it, which takes a quarter of its time.
     """
-    backend = Tokenizer.from_str(backend_json(tokenizer))
-    rendered = _rendered(samples, template, tokenizer.special_tokens_map, problems)
-    progress = _Progress(report)
-    for batch in _batches(rendered, size=lambda item: len(item[1].text)):
-        encodings = backend.encode_batch([item.text for _, item in batch], add_special_tokens=False)
-        for (where, item), encoding in zip(batch, encodings, strict=True):
+    model, splitter = backend["model"], backend["pre_tokenizer"] or {}
+    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    if (
+        model["type"] != "BPE"
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+        or not _normalizers(backend["normalizer"]) <= {"NFC"}
+        or steps[-1].get("type") != "ByteLevel"
+        or any(step.get("add_prefix_space") for step in steps)
+        or any(token["lstrip"] or token["rstrip"] for token in backend["added_tokens"])
+    ):
+        return None
+    # A character of a piece is a byte; an added token is written as it is.
+    sizes = {id: len(piece) for piece, id in model["vocab"].items()}
+    sizes |= {token["id"]: len(token["content"].encode()) for token in backend["added_tokens"]}
+    table = np.zeros(max(sizes) + 1, np.int32)
+    table[list(sizes.keys())] = list(sizes.values())
+    return table
+
+
+class ChunkTokenizer:
+    """Turns chunks into tokens by one recipe. Holds tokenizers: make one in each process."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Take the recipe; the tokenizers are loaded when they are first needed."""
+        self._recipe = recipe
+        self._convert = FORMATS[recipe.format].convert
+        self._backend: Backend = json.loads(recipe.backend)
+        self._control = control_tokens(self._backend)
+        self._start = [] if recipe.bos is None else [recipe.bos]
+        self._end = [] if recipe.eos is None else [recipe.eos]
+
+    def __call__(self, chunk: Chunk) -> TokenizedChunk:
+        """Parse, check, render and tokenise the records of a chunk; what cannot be trained on goes to `bad`.
+
+        Raises:
+            DataError: the template is no valid Jinja.
+            ModelError: the tokenizer changes the private characters that stand for control tokens.
+        """
+        return self._texts(chunk) if self._recipe.stage == "pretrain" else self._conversations(chunk)
+
+    @cached_property
+    def _plain(self) -> _Encoder:
+        return _Encoder(self._backend)
+
+    @cached_property
+    def _renamed(self) -> _Encoder:
+        if self._control is None:
+            return self._plain
+        encoder = _Encoder(renamed_backend(self._backend, self._control.written))
+        ids = {token["content"]: token["id"] for token in self._backend["added_tokens"]}
+        for text, name in self._control.written.items():
+            if encoder.tokenizer.encode(name, add_special_tokens=False).ids[-1:] != [ids[text]]:
+                raise ModelError(
+                    f"the tokenizer changes private characters, so the text {text!r} in a content cannot be kept apart from "
+                    "the control token. Use a tokenizer that keeps them: model.tokenizer."
+                )
+        encoder.tokenizer.encode_special_tokens = self._recipe.stage == "pretrain"  # a text is content only
+        return encoder
+
+    def _texts(self, chunk: Chunk) -> TokenizedChunk:
+        work, control = _Work(chunk), self._control
+        items: list[tuple[int, Rendered]] = []
+        for line, record in work.records():
             try:
-                trained = trained_tokens(encoding.offsets, item.trained)
+                content = self._convert(rename(record, self._recipe.fields))
+                assert isinstance(content, str)
+                quotes = control is not None and control.pattern.search(content) is not None
+                renamed = control is not None and (quotes or control.always)
+                if control is not None and renamed:
+                    control.hide(content)  # refuses what could be taken for the new names
             except BadRecordError as error:
-                problems.add(where, f"{error}.")
+                work.refuse(line, error)
                 continue
-            yield Document(encoding.ids, trained)
-            progress.add(len(encoding.ids))
+            items.append((line, Rendered(content, [], quotes, renamed)))
+        documents = []
+        for line, ids in self._in_order(work, items, lambda encoder, some: encoder.ids([item.text for item in some])):
+            if ids:
+                documents.append((line, np.array([*self._start, *ids, *self._end], self._recipe.dtype)))
+            else:
+                work.counts[EMPTY_COUNT] += 1
+        return work.done(documents, None, self._recipe.dtype)
+
+    def _conversations(self, chunk: Chunk) -> TokenizedChunk:
+        recipe = self._recipe
+        assert recipe.template is not None
+        work = _Work(chunk)
+        items: list[tuple[int, Rendered]] = []
+        for line, record in work.records():
+            try:
+                conversation = self._convert(rename(record, recipe.fields))
+                assert isinstance(conversation, Conversation)
+                item = render_conversation(
+                    conversation, recipe.template, recipe.special_tokens, train_on=recipe.train_on, control=self._control
+                )
+            except BadRecordError as error:
+                work.refuse(line, error)
+                continue
+            items.append((line, item))
+        documents, spans = [], []
+        for line, (ids, found) in self._in_order(work, items, _Encoder.ids_and_spans):
+            if isinstance(found, BadRecordError):
+                work.refuse(line, found)
+            else:
+                documents.append((line, ids.astype(recipe.dtype)))
+                spans.append(found)
+        return work.done(documents, spans, recipe.dtype)
+
+    def _in_order(
+        self,
+        work: _Work,
+        items: Sequence[tuple[int, Rendered]],
+        encode: Callable[[_Encoder, Sequence[Rendered]], Iterator[Item]],
+    ) -> Iterator[tuple[int, Item]]:
+        """Encode each item by the tokenizer it needs."""
+        plain = [item for _, item in items if not item.renamed]
+        renamed = [item for _, item in items if item.renamed]
+        of_plain = encode(self._plain, plain) if plain else iter(())
+        of_renamed = encode(self._renamed, renamed) if renamed else iter(())
+        for line, item in items:
+            work.counts[CONTROL_COUNT] += item.quotes_control
+            yield line, next(of_renamed if item.renamed else of_plain)
 
 
-def _text(sample: Sample) -> str:
-    assert isinstance(sample.content, str)
-    return sample.content
+class _Encoder:
+    """A tokenizer that tells ids, and token positions where characters are known."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.tokenizer = Tokenizer.from_str(json.dumps(backend))
+        if hasattr(self.tokenizer.model, "_resize_cache"):
+            self.tokenizer.model._resize_cache(CACHED_WORDS)
+        self._lengths = byte_lengths(backend)
+
+    def ids(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        for batch in _batches(texts):
+            for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                yield encoding.ids
+
+    def ids_and_spans(self, items: Sequence[Rendered]) -> Iterator[tuple[NDArray[np.int32], list[Span] | BadRecordError]]:
+        if self._lengths is not None:
+            for item, ids in zip(items, self.ids([item.text for item in items]), strict=True):
+                array = np.array(ids, np.int32)
+                yield array, self._spans(item, array, self._lengths)
+            return
+        for batch in _batches(items):
+            encodings = self.tokenizer.encode_batch([item.text for item in batch], add_special_tokens=False)
+            for item, encoding in zip(batch, encodings, strict=True):
+                yield np.array(encoding.ids, np.int32), _spans_by_offsets(item, encoding)
+
+    def _spans(self, item: Rendered, ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[Span] | BadRecordError:
+        ends = lengths[ids].cumsum()
+        text, borders = item.text, [border for span in item.trained for border in span]
+        if not text.isascii():
+            pieces = zip([0, *borders], [*borders, len(text)], strict=True)
+            *borders, size = accumulate(len(text[start:end].encode()) for start, end in pieces)
+        else:
+            size = len(text)
+        if not len(ends) or ends[-1] != size:  # normalised, or with bytes that the vocabulary lacks
+            return _spans_by_offsets(item, self.tokenizer.encode(text, add_special_tokens=False))
+        tokens = ends.searchsorted(borders, side="right").tolist()
+        for index, (token, border) in enumerate(zip(tokens, borders, strict=True)):
+            if border != (ends[token - 1] if token else 0):
+                return across_border([border for span in item.trained for border in span][index])
+        return list(zip(tokens[::2], tokens[1::2], strict=True))
 
 
-def _rendered(
-    samples: Iterable[Sample], template: str, special_tokens: Mapping[str, str], problems: Problems
-) -> Iterator[tuple[str, Rendered]]:
-    for sample in samples:
-        assert not isinstance(sample.content, str)
-        try:
-            yield sample.where, render_conversation(sample.content, template, special_tokens)
-        except BadRecordError as error:
-            problems.add(sample.where, f"{error}.")
+def _spans_by_offsets(item: Rendered, encoding: Encoding) -> list[Span] | BadRecordError:
+    try:
+        return trained_tokens(encoding.offsets, item.trained)
+    except BadRecordError as error:
+        return error
 
 
-def _batches(items: Iterable[Item], *, size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Lists of items, bounded in number and in characters, so that memory is bounded and all cores are busy."""
-    batch: list[Item] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += size(item)
-        if len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
 
 
-class _Progress:
-    """Reports the speed every few seconds."""
+class _Work:
+    """What comes together while a chunk is tokenised."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._started = self._reported = time.monotonic()
-        self._samples = self._tokens = 0
+    def __init__(self, chunk: Chunk) -> None:
+        self._chunk = chunk
+        self._read = 0
+        self._bad: list[BadRecord] = []
+        self.counts: Counter[str] = Counter()
 
-    def add(self, num_tokens: int) -> None:
-        """Count one sample."""
-        self._samples += 1
-        self._tokens += num_tokens
-        now = time.monotonic()
-        if now - self._reported >= PROGRESS_SECONDS:
-            self._reported = now
-            seconds = now - self._started
-            self._report(
-                f"tokenising: {self._samples:,} records, {self._tokens:,} tokens "
-                f"({self._samples / seconds:,.0f} records/s, {self._tokens / seconds:,.0f} tokens/s)"
-            )
+    def records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The records with their lines; those that cannot be parsed are kept as bad."""
+        for item in parse_chunk(self._chunk, self.counts):
+            if isinstance(item, BadRecord):
+                self._bad.append(item)
+                self._read += item.line > 0  # line 0 is a bad file, which is no record
+            else:
+                self._read += 1
+                yield item
+
+    def refuse(self, line: int, error: BadRecordError) -> None:
+        self._bad.append(BadRecord(self._chunk.path, line, error.reason, str(error)))
+
+    def done(
+        self, documents: Sequence[tuple[int, NDArray[Any]]], spans: Sequence[Sequence[Span]] | None, dtype: str
+    ) -> TokenizedChunk:
+        return TokenizedChunk(
+            tokens=np.concatenate([np.empty(0, dtype), *(tokens for _, tokens in documents)]),
+            lengths=_array([len(tokens) for _, tokens in documents]),
+            spans=None if spans is None else _array(list(chain.from_iterable(spans))).reshape(-1, 2),
+            span_counts=None if spans is None else _array([len(each) for each in spans]),
+            lines=np.array([line for line, _ in documents], np.int64),
+            read=self._read,
+            bad=tuple(sorted(self._bad, key=lambda bad: bad.line)),
+            counts={name: count for name, count in self.counts.items() if count},
+        )
+
+
+def _array(values: Sequence[Any]) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
+
+
+def _normalizers(normalizer: Mapping[str, Any] | None) -> set[str]:
+    if normalizer is None:
+        return set()
+    if normalizer["type"] == "Sequence":
+        return set().union(*(_normalizers(each) for each in normalizer["normalizers"]))
+    return {normalizer["type"]}

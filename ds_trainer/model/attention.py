@@ -29,7 +29,16 @@ def choose_attention(asked: str, config: Any, device_type: str, precision: str) 
         config: the model's transformers config.
         device_type: `cuda` or `cpu`.
         precision: `bf16`, `fp16` or `fp32`.
+
+    Raises:
+        ModelError: what was asked for cannot train on this device.
     """
+    if asked == "flex_attention" and device_type == "cpu":
+        # Source: torch 2.13, nn/attention/flex_attention.py, _validate_device
+        raise ModelError(
+            "model.attention: flex_attention computes no gradients on the CPU. Write `auto`, which isolates packed documents "
+            "on any device."
+        )
     if asked != "auto":
         return asked
     text = config.get_text_config()
@@ -95,8 +104,8 @@ def _document_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def arrange(batch: MicroBatch, implementation: str, device: torch.device) -> ModelBatch:
-    """Lay a micro-batch out as the attention implementation needs it, and move it to the device.
+def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> ModelBatch:
+    """Lay a micro-batch out as the attention implementation needs it, on the CPU.
 
     `documents` and flash attention get one row of all documents end to end, without the padding; the others get the rows
     as they are, and derive their mask from the positions, which restart with each document.
@@ -104,8 +113,12 @@ def arrange(batch: MicroBatch, implementation: str, device: torch.device) -> Mod
     Args:
         batch: rows of the loader, on the CPU.
         implementation: as `choose_attention` decided.
-        device: where the model is.
+        pin: put it into memory that a GPU copies from without waiting.
     """
+
+    def pinned(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if pin else tensor
+
     input_ids, labels, positions = batch.input_ids, batch.labels, batch.position_ids
     extra: dict[str, Any] = {}
     if implementation == DOCUMENTS or implementation.startswith("flash"):
@@ -118,7 +131,7 @@ def arrange(batch: MicroBatch, implementation: str, device: torch.device) -> Mod
         if implementation == DOCUMENTS:
             extra["document_lengths"] = tuple(lengths.tolist())
         else:
-            boundaries = starts.to(torch.int32).to(device, non_blocking=True)
+            boundaries = pinned(starts.to(torch.int32))
             longest = int(lengths.max())
             extra = {
                 "cu_seq_lens_q": boundaries,
@@ -130,13 +143,13 @@ def arrange(batch: MicroBatch, implementation: str, device: torch.device) -> Mod
     targets = labels.flatten()[target_positions]
     return ModelBatch(
         inputs={
-            "input_ids": input_ids.to(device, non_blocking=True),
-            "position_ids": positions.to(device, non_blocking=True),
+            "input_ids": pinned(input_ids),
+            "position_ids": pinned(positions),
             "use_cache": False,  # with a cache, transformers does not look for packed documents
             **extra,
         },
-        target_positions=target_positions.to(device, non_blocking=True),
-        targets=targets.to(device, non_blocking=True),
+        target_positions=pinned(target_positions),
+        targets=pinned(targets),
         num_tokens=batch.num_tokens,
     )
 
@@ -169,7 +182,7 @@ def probe_isolation(
             position_ids=positions[None],
             is_token=torch.ones_like(ids, dtype=torch.bool)[None],
         )
-        return arrange(rows, implementation, device)
+        return arrange(rows, implementation).to(device)
 
     packed = states(batch(ids, positions))[0, first:]
     alone = states(batch(ids[first:], positions[first:]))[0]

@@ -54,11 +54,13 @@ class Progress:
         fastest, slowest = (f"{fields[name]:.2f}" for name in ("step_seconds_fastest_rank", "step_seconds"))
         seconds = slowest if fastest == slowest else f"{fastest} to {slowest}"
         skipped = f"  {fields['skipped_steps']} steps skipped" if fields["skipped_steps"] else ""
+        waits = fields["data_wait_fraction"]
+        waiting = f"  {waits:.0%} waiting for data" if waits >= 0.02 else ""
         left = f"{clock(seconds_left)} left"
         self.console.print(
             f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {fields['loss']:.4f}  "
             f"lr {fields['learning_rate']:.2e}{norm}  {quantity(fields['tokens_per_second'])} tok/s  {seconds} s/step  "
-            f"{fields['peak_memory_gib']:.1f} GiB  {left}{skipped}",
+            f"{fields['peak_memory_gib']:.1f} GiB  {left}{skipped}{waiting}",
             markup=False,
         )
         if self._bar is not None:

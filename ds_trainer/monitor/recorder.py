@@ -28,6 +28,7 @@ class Recorder:
         max_steps: int,
         device: torch.device,
         write_events: Callable[[Events], None],
+        data_waits: Callable[[], float],
     ) -> None:
         self.folder = folder
         self.progress = progress
@@ -35,6 +36,8 @@ class Recorder:
         self.max_steps = max_steps
         self.device = device
         self.write_events = write_events
+        self.data_waits = data_waits
+        self._waited = 0.0
         self.last_loss: float | None = None
         self.skipped = 0
         self._watch = Stopwatch()
@@ -70,7 +73,10 @@ class Recorder:
         *losses, tokens, targets = sums
         # After the collective, so that it holds the wait for the device and for slower ranks too.
         seconds = self._watch.lap()
-        per_step = [own / len(losses) for own in comm.gather_objects(seconds)]
+        waited = self.data_waits() - self._waited
+        self._waited += waited
+        of_ranks = comm.gather_objects((seconds, waited))
+        per_step = [own / len(losses) for own, _ in of_ranks]
         self.last_loss = losses[-1]
         grad_norm = outcome.grad_norm
         fields: dict[str, Any] = {
@@ -83,6 +89,7 @@ class Recorder:
             "targets_per_second": targets / seconds,
             "step_seconds": max(per_step),
             "step_seconds_fastest_rank": min(per_step),
+            "data_wait_fraction": max(waited / own for own, waited in of_ranks),
             "peak_memory_gib": max(comm.gather_objects(peak_memory_gib(self.device.type))),
             "loss_scale": outcome.loss_scale,
             "skipped_steps": self.skipped,

@@ -48,11 +48,11 @@ DATA = {
 EXPECTED = {
     "data_missing": ["nowhere.jsonl: matches no file", "relative to the current folder"],
     "data_empty": ["empty.jsonl: the file is empty"],
-    "data_not_utf8": ["not_utf8.jsonl:2: byte 29 of the file (0xe9) is not UTF-8"],
+    "data_not_utf8": ["not_utf8.jsonl:2: byte 14 (0xe9) is not UTF-8"],
     "data_not_json": ["not_json.jsonl:3: not valid JSON (Expecting ',' delimiter, column 17)"],
     "data_other_key": ["other_key.jsonl:2:", "`text`"],
     "data_wrong_type": ["wrong_type.jsonl:1:", "`text`"],
-    "data_filtered": ["no row is left to train on: of 2 documents", "2 are empty", "data.seq_len"],
+    "data_filtered": ["no record is left to train on, of 2 (2 empty texts)"],
     "data_few": ["the data makes 1 rows of 48 positions", "needs (4 rows a step", "global_batch_size: 1 or less"],
     "data_folder": ["is a folder", "*.jsonl"],
     "data_wrong_stage": ["format text has no assistant turns", "train.stage=pretrain"],
@@ -70,7 +70,7 @@ EXPECTED = {
     "folder_under_a_file": ["a_file/run", "cannot be written (Not a directory", "Set checkpoint.folder"],
     "two_ranks_data": ["not_json.jsonl:3: not valid JSON"],
     "two_ranks_model": ["model.path = no/such/model: no such folder"],
-    "two_ranks_rows": ["no row is left to train on"],
+    "two_ranks_rows": ["no record is left to train on"],
     "two_ranks_lora": ["nothing_like_it matches no linear layer"],
     "two_ranks_folder": ["cannot be written (Not a directory"],
 }

@@ -12,7 +12,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def ask(name, folder, head_start, log, fails):
-    def build(target):
+    def build(target, lease):
         log.put(f"{name} builds")
         time.sleep(0.5)
         if fails:
@@ -63,7 +63,7 @@ def test_who_waits_fails_with_the_builder_and_the_next_start_does_not(race, monk
     assert [line for line in lines if line.endswith("builds")] == ["rank 0 builds"]
     assert {"rank 0 failed: a.jsonl:3: bad", "rank 1 failed: a.jsonl:3: bad"} < set(lines)
     assert seconds < 10
-    monkeypatch.setattr("ds_trainer.data.cache._STARTED", time.time())  # a new process, a mended file
+    monkeypatch.setattr("ds_trainer.data.lease._STARTED", time.time())  # a new process, a mended file
     lines, _ = race()
     assert {"rank 0 has it", "rank 1 has it"} < set(lines)
 

@@ -90,7 +90,7 @@ def run(stage: int, accumulation: int) -> dict[str, torch.Tensor]:
     for step in range(STEPS):
         starts = [(m * ranks + rank) * micro for m in range(accumulation)]
         window = [
-            attention.arrange(micro_batch(step, range(start, start + micro)), "documents", engine.device) for start in starts
+            attention.arrange(micro_batch(step, range(start, start + micro)), "documents") for start in starts
         ]
         num_targets = comm.sum_over_ranks(torch.tensor(sum(batch.num_targets for batch in window)))
         loss = sum(engine.micro_step(batch, num_targets) for batch in window)

@@ -29,6 +29,46 @@ def zero(stage, settings=None, **keys):
 
 # name of the row -> (what breaks it, the words of the line that is shown, what does not)
 EXAMPLES = {
+    "weights_for_all_sources_or_none": (
+        run(data__sources=[{"path": "a", "weight": 1.0}, {"path": "b"}], train__max_steps=5),
+        '"sources":',
+        run(data__sources=[{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}], train__max_steps=5),
+    ),
+    "weights_need_max_steps": (
+        run(data__sources=[{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}]),
+        '"sources":',
+        run(data__sources=[{"path": "a", "weight": 1.0}]),
+    ),
+    "held_out_sources_have_no_weight": (
+        run(evaluate__sources=[{"path": "a", "weight": 1.0}]),
+        '"evaluate":',
+        run(evaluate__sources=[{"path": "a"}]),
+    ),
+    "train_on_is_for_conversations": (
+        run(data__train_on="all", train__stage="pretrain"),
+        '"train_on":',
+        run(data__train_on="all"),
+    ),
+    "bad_fraction_needs_skip": (
+        run(data__max_bad_fraction=0.1),
+        '"max_bad_fraction":',
+        run(data__max_bad_fraction=0.1, data__on_bad_record="skip"),
+    ),
+    "streaming_needs_max_steps": (
+        run(data__streaming=True, evaluate__sources=[{"path": "a"}]),
+        '"streaming":',
+        run(data__streaming=True, evaluate__sources=[{"path": "a"}], train__max_steps=5),
+    ),
+    "streaming_needs_held_out_data": (
+        run(data__streaming=True, train__max_steps=5),
+        '"streaming":',
+        run(data__streaming=True, evaluate__sources=[{"path": "a"}], train__max_steps=5),
+    ),
+    "streaming_buffer_needs_streaming": (
+        run(data__streaming_buffer=64),
+        '"streaming_buffer":',
+        run(data__streaming_buffer=64, data__streaming=True, evaluate__sources=[{"path": "a"}], train__max_steps=5),
+    ),
     "model_path_or_config": (run(model__config={"model_type": "llama"}, model__tokenizer="t"), '"model":', run()),
     "scratch_needs_tokenizer": (
         run(model__path=None, model__config="c.json"),

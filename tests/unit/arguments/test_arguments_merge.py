@@ -392,8 +392,8 @@ def test_an_item_of_a_list_is_named_by_its_number_and_line(files):
     sources = "data:\n  seq_len: 8\n  sources:\n    - path: a\n      format: mesages\n    - pth: b\n    - c.jsonl\n"
     files.run("model: {path: m}\ntrain: {stage: sft}\ncheckpoint: {folder: o}\n" + sources)
     assert files.problems() == [
-        "run.yaml:8: data.sources.0.format = \"mesages\" must be one of 'auto', 'text', 'messages', 'prompt_response', "
-        "'alpaca'; did you mean `messages`?",
+        "run.yaml:8: data.sources.0.format = \"mesages\" must be one of 'auto', 'text', 'messages', 'sharegpt', "
+        "'prompt_response', 'alpaca', 'preference', 'kto', 'tokens'; did you mean `messages`?",
         "run.yaml:9: `data.sources.1.path` is missing; write for example `{path: data/train.jsonl}`",
         "run.yaml:9: unknown setting `data.sources.1.pth`; did you mean `data.sources.path`?",
         'run.yaml:10: data.sources.2 = "c.jsonl" must be a block of settings; write for example `{path: data/train.jsonl}`',

@@ -1,155 +1,266 @@
-from itertools import chain, islice, pairwise
+import json
+import subprocess
+import sys
+import threading
+import time
+from itertools import islice
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_trainer.data.cache import Tokens
-from ds_trainer.data.loader import TokenRows, evaluation_batches, windows
-from ds_trainer.data.order import row_at, steps_for, total_rows
-from ds_trainer.data.pack import Rows, cut_documents, one_row_each, pack
-from ds_trainer.protocols import IGNORED
+from ds_trainer.data import loader
+from ds_trainer.data.chunks import TokenizedChunk
+from ds_trainer.data.loader import Windows, evaluation_batches, windows
+from ds_trainer.data.order import Order, row_at, steps_for, total_rows
+from ds_trainer.data.rows import Pool, TokenRows, write_rows
+from ds_trainer.data.store import StoreWriter, TokenStore
+from ds_trainer.errors import TrainingError
+
+SEQ_LEN = 4
 
 
-def offsets_of(lengths):
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
-def make_rows(documents, spans, seq_len, *, packing=True):
-    """Rows over documents in memory: lists of ids, and lists of trained spans."""
-    tokens = Tokens(
-        tokens=np.array(list(chain(*documents)), np.uint16),
-        offsets=offsets_of([len(ids) for ids in documents]),
-        spans=np.array(list(chain(*spans)), np.int64).reshape(-1, 2),
-        span_offsets=offsets_of([len(of_one) for of_one in spans]),
+def make_pool(folder, first_id, count, *, packing):
+    """`count` documents of two tokens, which name them; with packing two of them lie in a row."""
+    (folder / "rows").mkdir(parents=True)
+    writer = StoreWriter(folder)
+    writer.append(
+        TokenizedChunk(
+            tokens=np.repeat(np.arange(first_id, first_id + count), 2).astype(np.uint16),
+            lengths=np.full(count, 2, np.int32),
+            spans=None,
+            span_counts=None,
+            lines=np.arange(count, dtype=np.int64),
+            read=count,
+            bad=(),
+        )
     )
-    segments = cut_documents(np.diff(tokens.offsets), seq_len, "split").segments
-    plan: Rows = pack(segments, seq_len) if packing else one_row_each(segments)
-    return TokenRows(tokens=tokens, plan=plan, seq_len=seq_len, num_tokens=0, num_targets=0, max_token_id=0)
+    writer.finish("uint16")
+    (folder / "meta.json").write_text("{}")
+    counts = write_rows(folder / "rows", [TokenStore(folder)], seq_len=SEQ_LEN, packing=packing, overlong="split")
+    (folder / "rows" / "meta.json").write_text(json.dumps(counts))
+    return Pool([TokenStore(folder)], folder / "rows")
 
 
-def single_rows(count):
-    """Row r of the order holds one document; its first token names the row."""
-    rows = make_rows([[n, n, n] for n in range(1, count + 1)], [[(0, 3)]] * count, 4, packing=False)
-    return rows, [int(rows.row(index).input_ids[0]) for index in range(count)]
+@pytest.fixture(scope="session")
+def make_rows(tmp_path_factory):
+    """Rows over pools of so many documents; the ids count on through all pools, from 1."""
+    made = {}
+
+    def make(*counts, packing=False):
+        if (counts, packing) not in made:
+            folder, first_id, pools = tmp_path_factory.mktemp("rows"), 1, []
+            for number, count in enumerate(counts):
+                pools.append(make_pool(folder / str(number), first_id, count, packing=packing))
+                first_id += count
+            made[counts, packing] = TokenRows(
+                pools=tuple(pools),
+                weights=tuple(1.0 + number for number in range(len(counts))) if len(counts) > 1 else (),
+                seq_len=SEQ_LEN,
+                num_tokens=0,
+                num_targets=0,
+                max_token_id=0,
+                fingerprint="",
+            )
+        return made[counts, packing]
+
+    return make
 
 
-def test_labels_are_the_next_trained_token_of_the_same_document():
-    rows = make_rows([[10, 11, 12, 13, 14], [20, 21, 22]], [[(1, 2), (4, 5)], [(0, 3)]], seq_len=10)
-    row = rows.row(0)
-    assert row.input_ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 22, 0, 0]
-    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1]
-    # 20 is trained, but nothing of its document stands before it; 14 is followed by another document.
-    no = IGNORED
-    assert row.labels.tolist() == [11, no, no, 14, no, 21, 22, no, no, no]
-    assert row.num_tokens == 8
+def order_of(rows, end, seed=3):
+    return Order(num_rows=tuple(pool.num_rows for pool in rows.pools), weights=rows.weights, seed=seed, total_rows=end)
 
 
-def test_the_parts_of_a_split_document_are_documents_of_their_own():
-    rows = make_rows([[1, 2, 3, 4, 5, 6, 7]], [[(2, 6)]], seq_len=4, packing=False)
-    parts = sorted((rows.row(index) for index in range(2)), key=lambda row: row.input_ids[0])
-    no = IGNORED
-    assert [part.input_ids.tolist() for part in parts] == [[1, 2, 3, 4], [5, 6, 7, 0]]
-    assert [part.labels.tolist() for part in parts] == [[no, 3, 4, no], [6, no, no, no]]
-    assert [part.position_ids.tolist() for part in parts] == [[0, 1, 2, 3], [0, 1, 2, 0]]
-
-
-def test_an_empty_row_is_all_padding():
-    row = single_rows(1)[0].row(None)
-    assert row.input_ids.tolist() == [0] * 4
-    assert row.labels.tolist() == [IGNORED] * 4
-    assert row.position_ids.tolist() == [0, 1, 2, 3]
-    assert row.num_tokens == 0
-
-
-@given(st.data())
-def test_no_label_ever_crosses_a_document(data):
-    masks = data.draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=8))
-    seq_len = data.draw(st.integers(1, 16))
-    # Ids count on through all documents, so that a label names the one position it may come from.
-    offsets = offsets_of([len(mask) for mask in masks])
-    documents = [list(range(start + 1, end + 1)) for start, end in pairwise(offsets)]
-    spans = [[(i, i + 1) for i, trained in enumerate(mask) if trained] for mask in masks]
-    trained_ids = {ids[i] for ids, mask in zip(documents, masks, strict=True) for i, yes in enumerate(mask) if yes}
-    rows = make_rows(documents, spans, seq_len)
-    for index in range(rows.num_rows):
-        row = rows.row(index)
-        for at, (token, label) in enumerate(zip(row.input_ids, row.labels, strict=True)):
-            follows = at + 1 < row.num_tokens and row.position_ids[at + 1] == row.position_ids[at] + 1
-            expected = token + 1 if follows and token + 1 in trained_ids else IGNORED
-            assert label == expected
-
-
-def layout(ranks, micro, accumulation, **more):
+def samples(batch):
+    """The documents of each row of a micro-batch that holds any, in order."""
     return [
-        {"rank": rank, "data_parallel_size": ranks, "micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
-        | more
-        for rank in range(ranks)
-    ]
-
-
-def rows_fed(micro_batches, names):
-    """The rows of micro-batches, empty ones left out."""
-    return [
-        names.index(int(ids[0]))
-        for batch in micro_batches
-        for ids, is_token in zip(batch.input_ids, batch.is_token, strict=True)
+        tuple(ids[is_token & (positions == 0)].tolist())
+        for ids, positions, is_token in zip(batch.input_ids, batch.position_ids, batch.is_token, strict=True)
         if is_token.any()
     ]
 
 
-def test_a_micro_batch_has_the_promised_shapes_and_types():
-    rows, _ = single_rows(5)
-    [options] = layout(1, 2, 3, first_position=0, total_rows=5, seed=0)
-    [window] = windows(rows, **options)
-    assert len(window) == 3
-    for batch in window:
-        for tensor in (batch.input_ids, batch.labels, batch.position_ids):
-            assert (tensor.shape, tensor.dtype) == ((2, 4), torch.int64)
-        assert (batch.is_token.shape, batch.is_token.dtype) == ((2, 4), torch.bool)
-    assert [batch.num_tokens for batch in window] == [6, 6, 3]
+def windows_of(rows, order, layout, first_position=0, workers=0, **options):
+    """The windows of each rank, each micro-batch as its samples."""
+    ranks, micro, accumulation = layout
+    return [
+        windows(
+            rows,
+            order,
+            first_position=first_position,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            rank=rank,
+            data_parallel_size=ranks,
+            convert=samples,
+            workers=workers,
+            **options,
+        )
+        for rank in range(ranks)
+    ]
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 12])
-@pytest.mark.parametrize(("ranks", "micro", "accumulation"), [(1, 4, 1), (2, 1, 2), (4, 1, 1), (3, 2, 2), (2, 5, 3)])
-@pytest.mark.parametrize("epochs", [0.5, 1, 3])
-def test_a_run_feeds_its_rows_once_and_ends_on_all_ranks_at_once(num_rows, ranks, micro, accumulation, epochs):
-    rows, names = single_rows(num_rows)
-    end = total_rows(num_rows, epochs)
-    options = layout(ranks, micro, accumulation, first_position=0, total_rows=end, seed=3)
-    per_rank = [list(windows(rows, **each)) for each in options]
-    assert {len(of_rank) for of_rank in per_rank} == {steps_for(end, ranks * micro * accumulation)}
-    fed = [row for of_rank in per_rank for window in of_rank for row in rows_fed(window, names)]
-    assert sorted(fed) == sorted(row_at(position, num_rows, 3) for position in range(end))
+def steps_of(rows, order, layout, first_position=0, workers=0):
+    """For each step the samples of its rows, in the order of their positions. All ranks must end at the same step."""
+    per_rank = windows_of(rows, order, layout, first_position, workers)
+    try:
+        for of_ranks in zip(*per_rank, strict=True):
+            assert all(len(window) == layout[2] for window in of_ranks)
+            yield [sample for micro_step in range(layout[2]) for window in of_ranks for sample in window[micro_step]]
+    finally:
+        for each in per_rank:
+            each.close()
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 3, 4])
-def test_a_run_resumed_on_other_ranks_goes_on_with_the_next_row(stop_after):
-    rows, names = single_rows(10)
+@given(
+    st.integers(1, 50),
+    st.sampled_from([(1, 1, 1), (1, 4, 1), (2, 1, 2), (4, 1, 1), (3, 2, 2), (2, 5, 3), (4, 3, 1)]),
+    st.sampled_from([0.5, 1, 2, 3]),
+    st.sampled_from([0, 0, 0, 2]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_run_feeds_its_rows_once_an_epoch_and_ends_on_all_ranks_at_once(make_rows, count, layout, epochs, workers):
+    rows = make_rows(count)
+    end = total_rows(count, epochs)
+    steps = list(steps_of(rows, order_of(rows, end), layout, workers=workers))
+    batch = layout[0] * layout[1] * layout[2]
+    assert len(steps) == steps_for(end, batch)
+    assert [len(step) for step in steps[:-1]] == [batch] * (len(steps) - 1)
+    fed = [sample for step in steps for sample in step]
+    for epoch in range(int(epochs)):
+        of_epoch = fed[epoch * count : (epoch + 1) * count]
+        assert sorted(of_epoch) == [(number,) for number in range(1, count + 1)]
+    assert len(fed) == end
+    name_of = [samples(rows.read([row]))[0] for row in range(count)]
+    assert fed == [name_of[row_at(position, count, 3)] for position in range(end)]
 
-    def steps(ranks, micro, accumulation, first_position):
-        options = layout(ranks, micro, accumulation, first_position=first_position, total_rows=25, seed=1)
-        for of_ranks in zip(*(windows(rows, **each) for each in options), strict=True):
-            yield sorted(row for window in of_ranks for row in rows_fed(window, names))
 
-    whole = list(steps(1, 4, 1, 0))
-    before = list(islice(steps(2, 1, 2, 0), stop_after))
-    after = list(steps(4, 1, 1, stop_after * 4))
-    assert before + after == whole
-    assert len(whole) == 7
+@pytest.mark.parametrize("counts", [(21,), (9, 14)], ids=["one source", "mixture"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_a_run_killed_at_any_step_goes_on_with_the_very_next_sample(make_rows, counts, workers, epochs):
+    rows = make_rows(*counts, packing=True)
+    order = order_of(rows, epochs * rows.num_rows)
+    whole = list(steps_of(rows, order, (1, 4, 1)))
+    assert len(whole) == -(-epochs * rows.num_rows // 4)
+    assert sum(len(row) for step in whole for row in step) >= epochs * 21 or len(counts) > 1
+    for stop in range(len(whole) + 1):
+        before = list(islice(steps_of(rows, order, [(1, 2, 2), (2, 1, 2)][stop % 2], workers=workers), stop))
+        for layout in ((1, 1, 4), (2, 2, 1), (4, 1, 1)):
+            assert before + list(steps_of(rows, order, layout, stop * 4, workers)) == whole
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 8, 9])
+def test_windows_read_ahead_are_the_same_as_windows_read_when_asked(make_rows):
+    rows = make_rows(30, packing=True)
+    order = order_of(rows, None)
+    endless = [list(islice(windows_of(rows, order, (1, 2, 2), workers=workers)[0], 40)) for workers in (0, 1, 3)]
+    assert endless[0] == endless[1] == endless[2]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9])
 @pytest.mark.parametrize("max_rows", [1, 5, 100])
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (2, 2), (3, 2), (4, 1)])
-def test_every_held_out_row_is_evaluated_once_in_as_many_batches_on_each_rank(num_rows, max_rows, ranks, micro):
-    rows, names = single_rows(num_rows)
+def test_every_held_out_row_is_evaluated_once_in_as_many_batches_on_each_rank(make_rows, count, max_rows, ranks, micro):
+    rows = make_rows(count)
     per_rank = [
         list(evaluation_batches(rows, micro_batch_size=micro, rank=rank, data_parallel_size=ranks, max_rows=max_rows))
         for rank in range(ranks)
     ]
-    count = min(num_rows, max_rows)
-    assert {len(batches) for batches in per_rank} == {-(-count // (ranks * micro))}
-    assert sorted(row for batches in per_rank for row in rows_fed(batches, names)) == list(range(count))
+    evaluated = min(count, max_rows)
+    assert {len(batches) for batches in per_rank} == {-(-evaluated // (ranks * micro))}
+    fed = sorted(sample for batches in per_rank for batch in batches for sample in samples(batch))
+    assert fed == sorted(samples(rows.read([row]))[0] for row in range(evaluated))
+
+
+def data_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+
+
+def test_a_reader_that_hangs_is_an_error_that_says_what_it_was_reading(make_rows, monkeypatch):
+    rows, never = make_rows(20), threading.Event()
+    monkeypatch.setattr(loader, "_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(TokenRows, "read", lambda self, wanted: never.wait())
+    [hanging] = windows_of(rows, order_of(rows, 20), (1, 2, 1), first_position=4, workers=2, timeout_seconds=1)
+    begun = time.monotonic()
+    what = rf"no data for 1 s \(data\.timeout_seconds\): .* the rows at position 4 from {rows.pools[0].stores[0].folder}\."
+    with pytest.raises(TrainingError, match=what):
+        next(hanging)
+    assert 1 <= time.monotonic() - begun < 2.5
+    hanging.close()
+    assert time.monotonic() - begun < 3
+    never.set()
+    assert hanging.waited_seconds >= 1
+
+
+def test_a_reader_that_hangs_does_not_keep_the_process_from_ending():
+    program = """
+import threading
+from ds_trainer.data.loader import Windows
+windows = Windows(iter([("a row", threading.Event().wait)]), workers=1, timeout_seconds=0.1)
+try:
+    next(windows)
+finally:
+    windows.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "TrainingError: no data for 0 s" in done.stderr
+
+
+def test_an_error_of_a_reader_reaches_the_loop_at_its_window():
+    def fail():
+        raise OSError("the disk is gone")
+
+    reading = Windows(iter([("a", lambda: [1]), ("b", fail), ("c", lambda: [3])]), workers=2, timeout_seconds=10)
+    assert next(reading) == [1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(reading)
+    assert next(reading) == [3]
+    with pytest.raises(StopIteration):
+        next(reading)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_time_spent_waiting_is_counted_and_reading_ahead_saves_it(workers):
+    def slow():
+        time.sleep(0.05)
+        return [0]
+
+    reading = Windows(iter([("a row", slow)] * 6), workers=workers, timeout_seconds=10)
+    next(reading)
+    first = reading.waited_seconds
+    assert first >= 0.045
+    for _ in range(5):
+        time.sleep(0.1)  # a step
+        next(reading)
+    more = reading.waited_seconds - first
+    assert more >= 0.24 if workers == 0 else more < 0.12
+    reading.close()
+
+
+def test_no_more_is_read_ahead_than_two_windows_for_each_worker():
+    taken = []
+
+    def jobs():
+        for number in range(100):
+            taken.append(number)
+            yield str(number), lambda number=number: [number]
+
+    reading = Windows(jobs(), workers=2, timeout_seconds=10)
+    assert next(reading) == [0]
+    time.sleep(0.05)
+    assert len(taken) == 5
+    reading.close()
+
+
+def test_closing_leaves_no_thread(make_rows):
+    rows, before = make_rows(20), data_threads()
+    [some] = windows_of(rows, order_of(rows, None), (1, 2, 1), workers=3)
+    next(some)
+    assert len(data_threads()) == len(before) + 3
+    some.close()
+    assert data_threads() == before
+    [all_of_them] = windows_of(rows, order_of(rows, 20), (1, 2, 1), workers=3)
+    assert len(list(all_of_them)) == 10
+    assert data_threads() == before

@@ -2,7 +2,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
@@ -68,6 +68,18 @@ def test_packing_is_best_fit_decreasing(lengths, capacity):
     row_of = best_fit_decreasing(np.array(lengths, np.int64), capacity)
     used = np.bincount(row_of, weights=lengths, minlength=0) if lengths else np.zeros(0)
     assert sorted((capacity - used).astype(int).tolist()) == simple_best_fit_decreasing(lengths, capacity)
+
+
+@given(stn.arrays(np.int64, st.integers(0, 200), elements=st.integers(1, 3000)), st.sampled_from([3000, 70_000]))
+@settings(max_examples=15, deadline=None)
+def test_no_row_holds_too_much_and_no_row_is_left_out(lengths, capacity):
+    row_of = best_fit_decreasing(lengths, capacity)
+    assert row_of.shape == lengths.shape
+    assert sorted(set(row_of.tolist())) == list(range(int(row_of.max(initial=-1)) + 1))
+    used = np.bincount(row_of, weights=lengths)
+    assert (used <= capacity).all()
+    half_empty = np.sort(used)[:2]
+    assert len(half_empty) < 2 or half_empty.sum() > capacity  # or the two could have been one
 
 
 @pytest.mark.parametrize(("mean", "seq_len", "fill"), [(4.4, 2048, 0.998), (6.6, 2048, 0.985)])

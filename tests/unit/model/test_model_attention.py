@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from packed import PACKED, logits_and_gradients
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_trainer.errors import ModelError
@@ -28,6 +29,22 @@ def llama(implementation: str, **fields):
 def test_the_probe_accepts_what_isolates(implementation):
     states = partial(language_model.last_states, llama(implementation))
     attention.probe_isolation(states, implementation, 64, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("implementation", ["documents", "sdpa", "eager"])
+def test_packed_documents_have_the_logits_and_gradients_they_have_alone(implementation):
+    packed = logits_and_gradients([PACKED], implementation)
+    alone = logits_and_gradients([[document] for document in PACKED], implementation)
+    plain = logits_and_gradients([[document] for document in PACKED], "eager")
+    for found, expected, reference in zip(packed, alone, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_flex_attention_is_refused_on_the_cpu_where_it_has_no_gradients():
+    with pytest.raises(ModelError, match=r"computes no gradients on the CPU\. Write `auto`"):
+        attention.choose_attention("flex_attention", AutoConfig.for_model("llama"), "cpu", "fp32")
+    assert attention.choose_attention("flex_attention", AutoConfig.for_model("llama"), "cuda", "bf16") == "flex_attention"
 
 
 def test_the_probe_refuses_a_model_whose_documents_see_one_another():
@@ -71,12 +88,12 @@ def test_padding_is_not_fed_to_document_attention():
         position_ids=torch.tensor([[0, 1, 2, 0], [0, 1, 0, 1]]),
         is_token=torch.tensor([[True, True, True, False], [True, True, False, False]]),
     )
-    batch = attention.arrange(rows, "documents", torch.device("cpu"))
+    batch = attention.arrange(rows, "documents")
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
     assert batch.inputs["document_lengths"] == (3, 2)
     assert batch.targets.tolist() == [2, 3, 5]
     assert batch.target_positions.tolist() == [0, 1, 3]
-    kept = attention.arrange(rows, "sdpa", torch.device("cpu"))
+    kept = attention.arrange(rows, "sdpa")
     assert kept.inputs["input_ids"].shape == (2, 4)
     assert kept.target_positions.tolist() == [0, 1, 4]
 
@@ -88,7 +105,7 @@ def test_flash_attention_is_told_where_documents_start():
         position_ids=torch.tensor([[0, 1, 0, 1]]),
         is_token=torch.ones(1, 4, dtype=torch.bool),
     )
-    inputs = attention.arrange(rows, "flash_attention_2", torch.device("cpu")).inputs
+    inputs = attention.arrange(rows, "flash_attention_2").inputs
     assert inputs["cu_seq_lens_q"].tolist() == [0, 2, 4]
     assert inputs["cu_seq_lens_q"].dtype == torch.int32
     assert inputs["max_length_k"] == 2
@@ -101,7 +118,7 @@ def test_a_row_without_tokens_still_makes_a_batch():
         position_ids=torch.arange(4)[None],
         is_token=torch.zeros(1, 4, dtype=torch.bool),
     )
-    batch = attention.arrange(rows, "documents", torch.device("cpu"))
+    batch = attention.arrange(rows, "documents")
     assert batch.num_targets == 0
     model = llama("documents")
     loss = language_model.nll_sum(model, batch)

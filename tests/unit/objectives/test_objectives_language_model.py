@@ -94,7 +94,7 @@ def test_packed_loss_equals_that_of_each_document_alone(kind, implementation, ch
     expected = one_by_one(kind, "sdpa" if implementation == "documents" else implementation)
     model = build(kind, implementation)
     language_model.attach(model, chunked=chunked)
-    batch = attention.arrange(packed(), implementation, torch.device("cpu"))
+    batch = attention.arrange(packed(), implementation)
     assert batch.num_targets == sum(len(document) - 1 for document in DOCUMENTS)
     loss = language_model.nll_sum(model, batch)
     assert loss.item() == pytest.approx(expected, rel=2e-6)
