@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ds_trainer.data.lease import Lease, lease, wait_for_a_builder
+from ds_trainer.data.lease import Lease, lease, this_host, wait_for_a_builder
 from ds_trainer.data.sources import Report
 from ds_trainer.errors import DataError
 
@@ -165,7 +165,7 @@ def _build(folder: Path, build: Build, held: Lease) -> dict[str, Any]:
     """Build and publish; the caller holds the lease."""
     prefix = f".{folder.name}.building."
     # A host of its own: where locks are kept to each host, two may build at once, and the second rename fails.
-    temporary = folder.with_name(prefix + socket.gethostname())
+    temporary = folder.with_name(prefix + this_host())
     temporary.mkdir(exist_ok=True)
     try:
         meta = dict(build(temporary, held))

@@ -89,14 +89,12 @@ class TokenizedChunk:
     """What else is worth telling: `blank lines`, `records with text like a control token`, ..."""
 
     def head(self, documents: int) -> TokenizedChunk:
-        """The first documents alone, and what was read up to the last of them."""
-        if documents >= len(self.lengths):
-            return self
+        """The first documents alone (at least one), and what was read up to the last of them."""
         spans, span_counts = self.spans, self.span_counts
         if spans is not None and span_counts is not None:
             span_counts = span_counts[:documents]
             spans = spans[: int(span_counts.sum())]
-        bad = tuple(each for each in self.bad if each.line < self.lines[documents])
+        bad = tuple(each for each in self.bad if each.line <= self.lines[documents - 1])
         return TokenizedChunk(
             tokens=self.tokens[: int(self.lengths[:documents].sum())],
             lengths=self.lengths[:documents],

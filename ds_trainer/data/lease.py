@@ -31,13 +31,20 @@ _STARTED = time.time()
 """A failure written down before this process began is that of an earlier start."""
 
 
+def this_host() -> str:
+    """This host's name and boot, since several may be called `localhost`."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}-{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii')[:8]}"
+    return socket.gethostname()
+
+
 class Lease:
     """The right to build, while it is held."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
         self._lock = threading.Lock()
-        self._said: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "beat": 0, "progress": ""}
+        self._said: dict[str, Any] = {"process": os.getpid(), "host": this_host(), "beat": 0, "progress": ""}
         self._done = threading.Event()
         self._write()
         self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -82,7 +89,7 @@ def lease(path: Path, what: str, report: Report) -> Iterator[Lease]:
         failure = None
         try:
             yield held
-        except DataError as error:
+        except (DataError, OSError) as error:
             failure = str(error)
             raise
         finally:
@@ -117,7 +124,7 @@ def _wait_until_free(file: IO[str], path: Path, what: str, report: Report) -> bo
         beat = (said.get("process"), said.get("host"), said.get("beat"))
         if beat != seen:
             seen, seen_at = beat, time.monotonic()
-        over = not said or said.get("ended") or said.get("host") == socket.gethostname()
+        over = not said or said.get("ended") or said.get("host") == this_host()
         if free and (over or time.monotonic() - seen_at > DEAD_SECONDS):
             return waited
         if free:

@@ -33,7 +33,7 @@ class Windows(Generic[Batch]):
     def __init__(self, jobs: Iterator[Job[Batch]], *, workers: int, timeout_seconds: float) -> None:
         self.waited_seconds = 0.0
         """Time the loop has stood waiting for data, in all."""
-        self.cursors: dict[str, dict[str, int]] = {}
+        self.cursors: dict[str, list[int]] = {}
         """Where a stream is; empty for rows, whose position is a number."""
         self._jobs = jobs
         self._timeout = timeout_seconds

@@ -17,6 +17,8 @@ from math import ceil, gcd, lcm
 
 MAX_PERIOD = 100_000
 """Longest period of a mixture; weights that need a longer one are rounded to it, each by less than 1e-5 of the rows."""
+LONGEST_WORK = 1_000_000
+"""Period times sources: the work of laying out the turns, about a second. Above ten sources the period is shorter."""
 _WORD = (1 << 64) - 1
 
 
@@ -153,13 +155,14 @@ def _integer_shares(weights: Sequence[float]) -> list[int]:
     whole = lcm(*(each.denominator for each in exact))
     shares = [int(each * whole) for each in exact]
     shares = [share // gcd(*shares) for share in shares]
-    if sum(shares) <= MAX_PERIOD:
+    longest = min(MAX_PERIOD, LONGEST_WORK // len(shares))
+    if sum(shares) <= longest:
         return shares
     # Largest remainders; no source may vanish.
-    quotas = [Fraction(share, sum(shares)) * MAX_PERIOD for share in shares]
+    quotas = [Fraction(share, sum(shares)) * longest for share in shares]
     rounded = [max(1, int(quota)) for quota in quotas]
     by_remainder = sorted(range(len(quotas)), key=lambda source: int(quotas[source]) - quotas[source])
-    for source in by_remainder[: max(0, MAX_PERIOD - sum(rounded))]:
+    for source in by_remainder[: max(0, longest - sum(rounded))]:
         rounded[source] += 1
     return rounded
 

@@ -124,7 +124,7 @@ def prepare_rows(
         head_start: seconds that another process is given to begin the work; see `cache.head_start_of`.
         workers: processes that tokenise; by default one for each core.
         show: takes the progress instead of `report`, as often as it comes.
-        all_problems: read to the end also when a bad record has decided already that the run is refused.
+        all_problems: read to the end and leave the verdict on bad records to the caller: `judge`.
 
     Raises:
         DataError: missing or bad data, or nothing left to train on.

@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 
 PACKED_TOGETHER = 1 << 20
 """Documents that are packed together: enough to fill rows, few enough to be held in memory."""
-_FORGET_ROWS = 128
+_FORGET_ROWS = 16
 """Often enough that pages stay few where the kernel maps them by the megabyte, and seldom enough to cost nothing."""
 _SAMPLES, _SAMPLE = 64, 1024
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 Converted = TypeVar("Converted")
 
+STREAM_VERSION = 1
+"""Raise it when the same files give other chunks, blocks or rows: a stream of an earlier version is then not continued."""
 MAX_LANES = 16
 LANE_BYTES = 4 << 20
 """A lane gets at least so much of the data, or a file of its own."""
@@ -61,7 +63,7 @@ class StreamPlan:
 
 @dataclass(slots=True)
 class Cursor:
-    """Where a lane is in one source. JSON in its fields."""
+    """Where a lane is in one source."""
 
     epoch: int = 0
     file: int = 0
@@ -70,6 +72,10 @@ class Cursor:
     """Of that file: where the present block begins."""
     rows: int = 0
     """Rows of the present block that have been given."""
+
+    def as_list(self) -> list[int]:
+        """The fields in their order, for a checkpoint."""
+        return [self.epoch, self.file, self.chunk, self.rows]
 
 
 def plan_stream(
@@ -111,6 +117,7 @@ def plan_stream(
         lanes=lanes,
         fingerprint=fingerprint(
             {
+                "version": STREAM_VERSION,
                 "files": [each["sha256"] for each in described],
                 "recipes": [recipe.fingerprint_parts() for recipe in recipes],
                 "weights": [source.source.weight for source in found],
@@ -223,7 +230,7 @@ class StreamWindows(Windows[Converted]):
     def __init__(
         self,
         plan: StreamPlan,
-        cursors: dict[str, dict[str, int]],
+        cursors: dict[str, list[int]],
         *,
         first_step: int,
         micro_batch_size: int,
@@ -234,15 +241,16 @@ class StreamWindows(Windows[Converted]):
     ) -> None:
         data = plan.data
         self._pool = TokenizerPool(plan.recipes, workers=data.workers, timeout_seconds=data.timeout_seconds)
-        self._after: deque[dict[str, dict[str, int]]] = deque()
-        # Without weights, sources come in proportion to the bytes they have.
-        weights = tuple(float(source.source.weight or _bytes(source)) for source in plan.found)
+        self._after: deque[dict[str, list[int]]] = deque()
+        # Without weights, sources come in proportion to the bytes they have, to a thousandth of them all.
+        total = sum(_bytes(source) for source in plan.found)
+        weights = tuple(source.source.weight or max(1.0, 1000 * _bytes(source) // total) for source in plan.found)
         tallies = [Tally() for _ in plan.found]
         lanes: dict[tuple[int, int], Lane] = {}
 
         def lane_of(source: int, lane: int) -> Lane:
             if (source, lane) not in lanes:
-                cursor = Cursor(**cursors.get(f"{source}.{lane}", {}))
+                cursor = Cursor(*cursors.get(f"{source}.{lane}", []))
                 lanes[source, lane] = Lane(plan, source, lane, cursor, self._pool, tallies[source])
             return lanes[source, lane]
 
@@ -264,7 +272,7 @@ class StreamWindows(Windows[Converted]):
                     lane.take(slot, batches[micro_step])
                 else:
                     lane.skip()
-            self._after.append({f"{source}.{lane}": asdict(each.cursor) for (source, lane), each in lanes.items()})
+            self._after.append({f"{source}.{lane}": each.cursor.as_list() for (source, lane), each in lanes.items()})
             return [convert(batch.finished()) for batch in batches]
 
         def jobs() -> Iterator[tuple[str, Callable[[], list[Converted]]]]:

@@ -89,9 +89,7 @@ def run(stage: int, accumulation: int) -> dict[str, torch.Tensor]:
     losses = []
     for step in range(STEPS):
         starts = [(m * ranks + rank) * micro for m in range(accumulation)]
-        window = [
-            attention.arrange(micro_batch(step, range(start, start + micro)), "documents") for start in starts
-        ]
+        window = [attention.arrange(micro_batch(step, range(start, start + micro)), "documents") for start in starts]
         num_targets = comm.sum_over_ranks(torch.tensor(sum(batch.num_targets for batch in window)))
         loss = sum(engine.micro_step(batch, num_targets) for batch in window)
         outcome = engine.end_step()

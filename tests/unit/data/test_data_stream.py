@@ -184,13 +184,13 @@ def test_a_lane_feeds_every_record_once_before_any_twice(numbered, plan_of, run,
     lanes, epochs = {}, {}
     for lane in range(plan.lanes):
         lanes[lane], epochs[lane] = [], set()
-    while any(cursor["epoch"] < 1 for cursor in running.cursors.values()) or not running.cursors:
+    while any(cursor[0] < 1 for cursor in running.cursors.values()) or not running.cursors:
         before = running.cursors
         [window] = [next(each) for each in running.windows]
         rows = list(chain(*window))
         per_lane = 4 // plan.lanes
         for lane in range(plan.lanes):
-            if running.cursors[f"0.{lane}"]["epoch"] == 0:
+            if running.cursors[f"0.{lane}"][0] == 0:
                 lanes[lane] += chain(*rows[lane * per_lane : (lane + 1) * per_lane])
         assert before != running.cursors
     fed = Counter(chain(*lanes.values()))
@@ -260,7 +260,7 @@ def test_every_lane_feeds_every_source_whatever_the_weights(numbered, plan_of, r
     fed = Counter(text for step in steps for row in step for text in row)
     assert set(fed) == {name_of(n + first) for n in range(120) for first in (0, 1000)}
     for source in range(2):
-        epochs = [cursor["epoch"] for name, cursor in running.cursors.items() if name.startswith(f"{source}.")]
+        epochs = [cursor[0] for name, cursor in running.cursors.items() if name.startswith(f"{source}.")]
         assert max(epochs) - min(epochs) <= 1
 
 
@@ -346,7 +346,7 @@ def test_the_position_is_small_however_far_the_stream_is(numbered, plan_of, run)
     cursors = running.cursors
     assert len(cursors) == 32
     assert len(json.dumps(cursors, separators=(",", ":"))) <= 2048
-    assert all(set(cursor) == {"epoch", "file", "chunk", "rows"} for cursor in cursors.values())
+    assert all(len(cursor) == 4 for cursor in cursors.values())
 
 
 def test_what_a_stream_keeps_account_of_does_not_grow_with_its_length(numbered, plan_of, run, monkeypatch):
