@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,9 @@ from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import engine_rows, setting_rows
 
 Row = tuple[str, Any, str]
+
+_HUB_ID = re.compile(r"[\w-]+/[\w-]+(\.\d[\w.-]*)?")
+"""What may be `owner/name` on the hub rather than a path: a dot is part of a version, not of a suffix."""
 
 
 def check_rows(resolved: Resolved, world_size: int, device_type: str) -> tuple[list[Row], list[Row], str]:
@@ -48,11 +52,10 @@ def missing_files(resolved: Resolved) -> list[str]:
     """What the run file names and this machine does not have: no error, since a check may run elsewhere than the run."""
     settings = resolved.settings
     named = {"model.tokenizer": settings.model.tokenizer, "model.path": settings.model.path}
-    # `owner/name` may be a hub id.
-    paths = [(name, path) for name, path in named.items() if path and (path.count("/") != 1 or path.startswith("."))]
+    paths = [(name, path) for name, path in named.items() if path]
     paths += [("data.sources", source.path) for source in settings.data.sources]
     paths += [("evaluate.sources", source.path) for source in (settings.evaluate.sources if settings.evaluate else [])]
-    missing = [f"  {name}: {path}" for name, path in paths if not glob.glob(path)]
+    missing = [f"  {name}: {path}" for name, path in paths if not glob.glob(path) and not _HUB_ID.fullmatch(path)]
     return ["", "Not on this machine (paths start from the current folder):", *missing] if missing else []
 
 
