@@ -83,7 +83,7 @@ def main() -> None:
         for what, seconds in (("deciding", deciding), ("whole pack", whole)):
             goals.append(goal(f"{law}: cost of {what} grows as n to the power", 1.1, slope(sizes, seconds)))
             last = slope(sizes[-2:], seconds[-2:])
-            goals.append(goal(f"{law}: the same, from {sizes[-2]:,} to {sizes[-1]:,} alone", 1.1, last))
+            goals.append(goal(f"{law}: {what}, from {sizes[-2]:,} to {sizes[-1]:,} alone", 1.1, last))
         for what in ("best_fit_decreasing", "pack", "write_rows"):
             used = in_child(__file__, "memory", law, sizes[-1], what)
             memory.append([law, what, sizes[-1], used["peak"] / 1e6, used["peak"] / sizes[-1]])

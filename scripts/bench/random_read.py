@@ -5,13 +5,15 @@
 files in the page cache. `TokenRows.read` works out labels, positions and what is padding, and gives tensors; `datasets[i]`
 gives stored lists, which a collator then makes tensors of, or numpy arrays. Checked before: both give equal rows.
 
-Memory: a rank reads random rows of a cache of 10 million rows of 32 tokens through `loader.windows`, which gives pages back.
+Memory: a rank reads random rows of a cache of 10 million rows of 32 tokens through `loader.windows`, which gives pages back;
+with files that were just written, which lie in the page cache in large pieces, and with files that come back from the disk.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 from common import (
     MIB,
     SCRATCH,
+    cpu_seconds,
     finish,
     goal,
     in_child,
@@ -29,6 +32,7 @@ from common import (
     make_rows,
     open_rows,
     parse_arguments,
+    peak_above,
     resident,
     take_turns,
     versions,
@@ -91,17 +95,34 @@ def main() -> None:
     ]
 
     many = 10**6 if arguments.quick else 10**7
-    large = make_rows(f"many_rows_{many}", short_lengths(many), 32)
-    used = in_child(__file__, large, 20_000 if arguments.quick else 400_000)
+    name, runs, most = f"many_rows_{many}", [], 0
+    shutil.rmtree(SCRATCH / name, ignore_errors=True)  # written anew: how much one touch maps depends on how pages came in
+    large = make_rows(name, short_lengths(many), 32)
     size = sum(file.stat().st_size for file in large.rglob("*") if file.is_file())
-    goals.append(goal(f"resident above the start, cache of {used['rows']:,} rows", 100, used["peak"] / MIB, "MiB"))
+    for state in ("just written", "read back from the disk"):
+        if state != "just written":
+            leave_cache(large)
+        used = in_child(__file__, large, 20_000 if arguments.quick else 200_000)
+        for run in used["runs"]:
+            most = max(most, run["peak"])
+            each = [run["peak"] / MIB, run["own"] / MIB, run["seconds"] * 1e6]
+            runs.append([state, run["micro_batch_size"], *each])
+    goals.append(goal(f"resident above the start, cache of {used['rows']:,} rows", 100, most / MIB, "MiB"))
     memory = {
         "title": f"Memory of a rank that reads {used['read']:,} of {used['rows']:,} rows ({size / MIB:,.0f} MiB of files)",
-        "columns": ["micro-batch", "resident at most, above the start, MiB", "of it pages of files, MiB"],
-        "rows": [[each["micro_batch_size"], each["peak"] / MIB, each["files"] / MIB] for each in used["runs"]],
+        "columns": ["files", "micro-batch", "resident at most, MiB", "of it still there, not of files, MiB", "us a row"],
+        "rows": runs,
     }
     packages = versions("torch", "datasets", "pyarrow")
     finish("random_read", quick=arguments.quick, goals=goals, tables=[table, memory], packages=packages)
+
+
+def leave_cache(folder: Path) -> None:
+    """Ask the system to drop the files from its cache, so that they come in anew, page by page."""
+    for path in folder.rglob("*.*"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def short_lengths(rows: int) -> Any:
@@ -145,7 +166,6 @@ def memory_of_reading(folder: Path, reads: int) -> dict[str, Any]:
     from ds_trainer.data.order import Order
 
     torch.zeros(1)
-    baseline, files = resident(), resident("RssFile")
     runs = []
     for micro_batch_size in (8, 1):
         rows = open_rows(folder)
@@ -159,14 +179,17 @@ def memory_of_reading(folder: Path, reads: int) -> dict[str, Any]:
             data_parallel_size=1,
             convert=lambda batch: batch,
         )
-        peak = peak_files = 0
-        for _ in range(reads // 2 // (8 * micro_batch_size)):
-            next(loader)
-            now = resident()
-            if now > peak:
-                peak, peak_files = now, resident("RssFile")
-        runs.append({"micro_batch_size": micro_batch_size, "peak": peak - baseline, "files": peak_files - files})
-    return {"rows": rows.num_rows, "read": reads, "peak": max(each["peak"] for each in runs), "runs": runs}
+        own = resident("RssAnon")
+
+        def read(loader: Iterator[Any] = loader, size: int = micro_batch_size) -> None:
+            for _ in range(reads // 2 // (8 * size)):
+                next(loader)
+
+        begun = cpu_seconds()
+        peak = peak_above(read)
+        took = (cpu_seconds() - begun) / (reads // 2)
+        runs.append({"micro_batch_size": micro_batch_size, "peak": peak, "own": resident("RssAnon") - own, "seconds": took})
+    return {"rows": rows.num_rows, "read": reads, "runs": runs}
 
 
 if __name__ == "__main__":
