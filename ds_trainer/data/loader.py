@@ -11,7 +11,7 @@ from threading import Thread
 from typing import Generic, TypeVar
 
 from ds_trainer.data.order import Order, positions_of_window
-from ds_trainer.data.rows import Forgetting, TokenRows
+from ds_trainer.data.rows import TokenRows
 from ds_trainer.errors import TrainingError
 from ds_trainer.protocols import MicroBatch
 
@@ -26,7 +26,7 @@ _CLOSE_SECONDS = 1.0
 class Windows(Generic[Batch]):
     """An iterator over the windows of one rank that keeps account of the time spent waiting for them.
 
-    Windows are read ahead by threads: reading copies from memory maps, which takes a fraction of a step. One that does not
+    Windows are read ahead by threads: reading copies from the file cache, which takes a fraction of a step. One that does not
     arrive in time (a disk that is gone, a worker that hangs) is an error that says what was being read.
     """
 
@@ -121,7 +121,6 @@ def windows(
         workers: threads that read ahead; 0 reads when asked.
         timeout_seconds: for one window to arrive.
     """
-    read = Forgetting(rows)
 
     def jobs() -> Iterator[Job[Batch]]:
         position = first_position
@@ -138,7 +137,7 @@ def windows(
             position += micro_batch_size * gradient_accumulation_steps * data_parallel_size
 
     def read_window(window: list[list[int]]) -> list[Batch]:
-        return [convert(read([order.row_at(position) for position in positions])) for positions in window]
+        return [convert(rows.read([order.row_at(position) for position in positions])) for positions in window]
 
     return Windows(jobs(), workers=workers, timeout_seconds=timeout_seconds)
 

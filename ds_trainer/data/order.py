@@ -133,19 +133,21 @@ def _turns(weights: tuple[float, ...]) -> tuple[Sequence[int], Sequence[int], li
     shares = _integer_shares(weights)
     period, slack = sum(shares), 2 * len(shares) - 2
     counts = [0] * len(shares)
+    behind = [0] * len(shares)  # times `period`, to stay whole
     sources, earlier = array("H"), array("i")
-    for position in range(1, period + 1):
+    for _ in range(period):
         chosen, due = 0, None
         for source, share in enumerate(shares):
-            behind = share * position - counts[source] * period
-            if slack * behind >= period or slack == 0:
-                # ((1 - 1 / slack) - behind / period) / (share / period), times `slack` to stay whole
-                when = Fraction((slack - 1) * period - slack * behind, share)
-                if due is None or when < due:
+            behind[source] += share
+            if slack * behind[source] >= period or slack == 0:
+                # Due after ((1 - 1 / slack) - behind / period) / (share / period); compared without dividing.
+                when = (slack - 1) * period - slack * behind[source]
+                if due is None or when * shares[chosen] < due * share:
                     chosen, due = source, when
         sources.append(chosen)
         earlier.append(counts[chosen])
         counts[chosen] += 1
+        behind[chosen] -= period
     return sources, earlier, counts
 
 

@@ -75,29 +75,6 @@ def cut_documents(lengths: Ints, seq_len: int, overlong: Overlong) -> Cut:
     )
 
 
-def count_targets(segments: Segments, document_offsets: Ints, trained: Ints, span_offsets: Ints) -> Ints:
-    """Targets of each segment: trained tokens that have a token of the same segment before them to be predicted from.
-
-    Args:
-        segments: parts of the documents.
-        document_offsets: (num_documents + 1): where each document starts in the corpus, in tokens.
-        trained: (num_spans, 2): trained token positions of each document, relative to it; sorted, disjoint.
-        span_offsets: (num_documents + 1): document d has the spans span_offsets[d] to span_offsets[d + 1].
-    """
-    if not len(trained):
-        return np.zeros(len(segments.length), np.int64)
-    starts, ends = (trained + np.repeat(document_offsets[:-1], np.diff(span_offsets))[:, None]).T
-    trained_before_span = np.cumsum(ends - starts) - (ends - starts)
-
-    def trained_before(position: Ints) -> Ints:
-        span = np.searchsorted(starts, position, side="right") - 1
-        inside = trained_before_span[span] + np.minimum(position, ends[span]) - starts[span]
-        return np.where(span < 0, 0, inside)
-
-    first = document_offsets[segments.document] + segments.start
-    return trained_before(first + segments.length) - trained_before(first + 1)
-
-
 def one_row_each(segments: Segments) -> Rows:
     """Rows without packing: a segment each, in mixed order."""
     order = _mixed(len(segments.length))

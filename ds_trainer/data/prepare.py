@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 TOKENS_VERSION = 2
 """Raise it when the same files give other tokens or another layout: every cache is then built anew."""
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Raise it when the same tokens give other rows."""
 
 SHOWN_PROBLEMS = 5

@@ -1,15 +1,18 @@
-"""Rows of tokens: planned once over the stores of the documents, written down, and read in any order."""
+"""Rows of tokens: planned once over the stores of the documents, written down, and read in any order.
+
+The plan has all that a row needs in the order it is needed, so that reading one is a few positioned reads. They are not
+memory maps: a page that is touched in a map counts as this process's memory, by the megabyte on some kernels, and a disk that
+fails kills the process instead of raising an error.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,130 +21,98 @@ import torch
 from numpy.typing import NDArray
 
 from ds_trainer.data.chunks import TokenizedChunk
-from ds_trainer.data.pack import Overlong, Rows, Segments, count_targets, cut_documents, one_row_each, pack
-from ds_trainer.data.store import ChunkStore, Mapped, Store, TokenStore, ranges
+from ds_trainer.data.pack import Overlong, Rows, Segments, cut_documents, one_row_each, pack
+from ds_trainer.data.store import ChunkStore, RandomFile, Store, TokenStore
 from ds_trainer.protocols import IGNORED, MicroBatch
 
 Ints = NDArray[np.int64]
 
 PACKED_TOGETHER = 1 << 20
 """Documents that are packed together: enough to fill rows, few enough to be held in memory."""
-_FORGET_ROWS = 16
-"""Often enough that pages stay few where the kernel maps them by the megabyte, and seldom enough to cost nothing."""
-_SAMPLES, _SAMPLE = 64, 1024
+SEGMENT = np.dtype([("token", "<i8"), ("document", "<i8"), ("length", "<i4"), ("store", "<i4")])
+"""Its first token in the store, its document there, its tokens, and which store of the pool."""
+SPAN = np.dtype([("begin", "<i4"), ("end", "<i4")])
+"""Trained tokens, by their place in the row; the first of a segment is never among them."""
+_FILES = ("rows.bin", "segments.bin", "spans.bin")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
-class Arrangement:
-    """Rows over the documents of one or several stores, which are numbered through."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What lies in each row."""
 
-    def __init__(
-        self, stores: Sequence[Store], offsets: Ints, documents: Ints, starts: NDArray[Any], lengths: NDArray[Any]
-    ) -> None:
+    borders: Ints
+    """(num_rows + 1, 2): where the segments and the spans of each row begin; they end where those of the next begin."""
+    segments: NDArray[Any]
+    """Of SEGMENT."""
+    spans: NDArray[Any]
+    """Of SPAN."""
+
+
+class Pool:
+    """Documents that are packed and mixed together, and the plan of their rows, in files."""
+
+    def __init__(self, stores: Sequence[TokenStore], rows_folder: Path) -> None:
         self.stores = tuple(stores)
-        self.offsets, self.documents, self.starts, self.lengths = offsets, documents, starts, lengths
-        self._bases = [0, *accumulate(store.num_documents for store in stores)]
+        self.meta: dict[str, Any] = json.loads((rows_folder / "meta.json").read_text(encoding="utf-8"))
+        """What `write_rows` counted."""
+        self._borders, self._segments, self._spans = (RandomFile(rows_folder / name) for name in _FILES)
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are."""
-        return len(self.offsets) - 1
+        """How many rows there are, at least 1."""
+        return self._borders.size // 16 - 1
 
-    def read(self, rows: Ints, slots: Ints, batch: Batch) -> None:
-        """Copy rows into the slots of a batch."""
-        first = self.offsets[rows]
-        counts = self.offsets[rows + 1] - first
-        segments = ranges(first, counts)
-        documents = self.documents[segments]
-        starts = self.starts[segments].astype(np.int64)
-        lengths = self.lengths[segments].astype(np.int64)
-        ends = np.cumsum(lengths)
-        begins = ends - lengths
-        tokens = np.empty(ends[-1], np.int64)
-        # +1 where a trained span begins, -1 where one ends: its running sum says which tokens are trained.
-        changes = np.zeros(ends[-1] + 1, np.int8)
-        for index, store in enumerate(self.stores):
-            if len(self.stores) == 1:
-                own: Any = slice(None)
-                tokens[:] = store.tokens[ranges(store.first_tokens(documents) + starts, lengths)]
-            else:
-                own = np.flatnonzero((documents >= self._bases[index]) & (documents < self._bases[index + 1]))
-                source = store.first_tokens(documents[own] - self._bases[index]) + starts[own]
-                tokens[ranges(begins[own], lengths[own])] = store.tokens[ranges(source, lengths[own])]
-            _mark_trained(store, documents[own] - self._bases[index], starts[own], lengths[own], begins[own], changes)
-        trained = np.cumsum(changes[:-1], dtype=np.int8).view(np.bool_)
-        labels = np.where(trained, tokens, IGNORED)
-        positions = np.arange(len(tokens)) - np.repeat(begins, lengths)
-        begin = 0
-        for slot, end in zip(slots.tolist(), ends[np.cumsum(counts) - 1].tolist(), strict=True):
-            batch.fill(slot, tokens[begin:end], labels[begin:end], positions[begin:end])
-            begin = end
+    def segments(self, row: int) -> list[tuple[int, int, int, int]]:
+        """The segments of a row, as SEGMENT has them."""
+        return self._plan_of(row)[0]
 
-
-def _mark_trained(store: Store, documents: Ints, starts: Ints, lengths: Ints, begins: Ints, changes: NDArray[np.int8]) -> None:
-    """Mark in `changes` where the trained spans of segments begin and end; the segments lie at `begins`."""
-    spans, counts = store.spans_of(documents)
-    starts, lengths, begins = (np.repeat(each, counts) for each in (starts, lengths, begins))
-    low = np.maximum(spans[:, 0] - starts, 1)  # the first token has nothing to be predicted from
-    high = np.minimum(spans[:, 1] - starts, lengths)
-    filled = low < high
-    # Two spans may touch, but no two begin, and no two end, at one place.
-    changes[(begins + low)[filled]] += 1
-    changes[(begins + high)[filled]] -= 1
-
-
-class Pool(Arrangement):
-    """Documents that are packed and mixed together, and their rows, in memory-mapped files."""
-
-    stores: tuple[TokenStore, ...]
-
-    def __init__(self, stores: Sequence[TokenStore], rows_folder: Path) -> None:
-        self.meta: dict[str, Any] = json.loads((rows_folder / "meta.json").read_text(encoding="utf-8"))
-        """What `write_rows` counted."""
-        kinds = (("row_offsets", "<i8"), ("documents", "<i8"), ("starts", "<i4"), ("lengths", "<i4"))
-        self._mapped = [Mapped(rows_folder / f"{name}.bin", dtype) for name, dtype in kinds]
-        super().__init__(stores, *(each.array for each in self._mapped))
-
-    def place(self, document: int) -> tuple[TokenStore, int]:
-        """The store of a document of the pool, and its number there."""
-        index = bisect_right(self._bases, document) - 1
-        return self.stores[index], document - self._bases[index]
-
-    def forget(self) -> None:
-        """Give back the memory of the pages that were read."""
-        for store in self.stores:
-            store.forget()
-        for each in self._mapped:
-            each.forget()
+    def read(self, row: int, slot: int, batch: Batch) -> None:
+        """Copy a row into a slot of a batch."""
+        segments, spans = self._plan_of(row)
+        batch.fill(slot, segments, spans, self.stores)
 
     def digest(self) -> bytes:
         """Changes with the tokens and with their arrangement; takes milliseconds."""
         digest = hashlib.sha256()
-        arrays = [self.offsets, self.documents, *(array for store in self.stores for array in (store.tokens, store.lengths))]
-        for array in arrays:
-            digest.update(f"{len(array)} ".encode())
-            for start in np.linspace(0, max(0, len(array) - _SAMPLE), num=_SAMPLES, dtype=np.int64):
-                digest.update(array[start : start + _SAMPLE].tobytes())
-        for store in self.stores:
-            documents = np.unique(np.linspace(0, max(0, store.num_documents - 1), num=_SAMPLES, dtype=np.int64))
-            digest.update(store.spans_of(documents[: store.num_documents])[0].tobytes())
+        for file in (self._borders, self._segments, self._spans, *(store.file for store in self.stores)):
+            digest.update(f"{file.size} ".encode())
+            for start in np.linspace(0, max(0, file.size - _SAMPLE_BYTES), num=_SAMPLES, dtype=np.int64).tolist():
+                digest.update(file.read(start, min(_SAMPLE_BYTES, file.size)))
         return digest.digest()
 
+    def _plan_of(self, row: int) -> tuple[list[Any], list[Any]]:
+        first, first_span, end, end_span = np.frombuffer(self._borders.read(16 * row, 32), "<i8").tolist()
+        segments = self._segments.read(SEGMENT.itemsize * first, SEGMENT.itemsize * (end - first))
+        spans = self._spans.read(SPAN.itemsize * first_span, SPAN.itemsize * (end_span - first_span))
+        return np.frombuffer(segments, SEGMENT).tolist(), np.frombuffer(spans, SPAN).tolist()
 
-class Block(Arrangement):
+
+class Block:
     """Chunks of a stream, cut and arranged in memory."""
 
     def __init__(
         self, chunks: Sequence[TokenizedChunk], *, seq_len: int, overlong: Overlong, arrange: Callable[[Segments, int], Rows]
     ) -> None:
-        store = ChunkStore(chunks)
-        segments = _trained_segments(store, np.arange(store.num_documents), seq_len, overlong, Counter())
-        rows = arrange(segments, seq_len)
-        super().__init__([store], rows.offsets, rows.segments.document, rows.segments.start, rows.segments.length)
+        self._store = ChunkStore(chunks)
+        segments = _trained_segments(self._store, np.arange(self._store.num_documents), seq_len, overlong, Counter())
+        self._plan = lay_out(self._store, arrange(segments, seq_len), store_number=0)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return len(self._plan.borders) - 1
+
+    def read(self, row: int, slot: int, batch: Batch) -> None:
+        """Copy a row into a slot of a batch."""
+        (first, first_span), (end, end_span) = self._plan.borders[row : row + 2].tolist()
+        segments = self._plan.segments[first:end].tolist()
+        batch.fill(slot, segments, self._plan.spans[first_span:end_span].tolist(), (self._store,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRows:
-    """The data of a run, or what it is evaluated on. Everything is memory-mapped: a rank holds only the rows it reads.
+    """The data of a run, or what it is evaluated on. Everything stays in files: a rank holds only the rows it reads.
 
     Rows are numbered through all pools.
     """
@@ -170,52 +141,34 @@ class TokenRows:
 
         A label is the next token of the same segment if that one is trained. Positions restart with each segment, and with
         the padded tail.
+
+        Raises:
+            DataError: a file of the cache cannot be read, or was cut.
         """
         batch = Batch(len(rows), self.seq_len)
-        base = 0
-        for pool in self.pools:
-            end = base + pool.num_rows
-            slots = [slot for slot, row in enumerate(rows) if row is not None and base <= row < end]
-            if slots:
-                pool.read(np.array([rows[slot] for slot in slots]) - base, np.array(slots), batch)
-            base = end
+        for slot, row in enumerate(rows):
+            if row is not None:
+                pool, own = self._place(row)
+                pool.read(own, slot, batch)
         return batch.finished()
 
-    def place(self, row: int, segment: int) -> tuple[TokenStore, int]:
-        """The store and the document of one segment of a row."""
+    def samples(self, row: int) -> list[tuple[TokenStore, int]]:
+        """The store and the number of each document in a row, in the order of the row."""
+        pool, own = self._place(row)
+        return [(pool.stores[store], document) for _, document, _, store in pool.segments(own)]
+
+    def _place(self, row: int) -> tuple[Pool, int]:
         for pool in self.pools:
             if row < pool.num_rows:
-                return pool.place(int(pool.documents[pool.offsets[row] + segment]))
+                return pool, row
             row -= pool.num_rows
         raise IndexError(row)
-
-    def forget(self) -> None:
-        """Give back the memory of the pages that were read."""
-        for pool in self.pools:
-            pool.forget()
-
-
-class Forgetting:
-    """Reads rows, and gives the memory of their pages back every so many rows, so that it does not grow."""
-
-    def __init__(self, rows: TokenRows) -> None:
-        self._rows = rows
-        self._read = 0
-
-    def __call__(self, rows: Sequence[int | None]) -> MicroBatch:
-        """Read rows."""
-        self._read += len(rows)
-        if self._read >= _FORGET_ROWS:
-            self._read = 0
-            self._rows.forget()
-        return self._rows.read(rows)
 
 
 class Batch:
     """The arrays of a MicroBatch while they are filled; a slot that is not filled is the empty row."""
 
     def __init__(self, rows: int, seq_len: int) -> None:
-        self.seq_len = seq_len
         self.input_ids = np.zeros((rows, seq_len), np.int64)
         self.labels = np.full((rows, seq_len), IGNORED, np.int64)
         self.position_ids = np.empty((rows, seq_len), np.int64)
@@ -223,14 +176,27 @@ class Batch:
         self._places = np.arange(seq_len)
         self.position_ids[:] = self._places
 
-    def fill(self, slot: int, tokens: Ints, labels: Ints, positions: Ints) -> None:
-        """Put a row into a slot. `labels` has each trained token at its own place; it is predicted from the one before."""
-        length = len(tokens)
-        self.input_ids[slot, :length] = tokens
-        self.labels[slot, : length - 1] = labels[1:]
-        self.position_ids[slot, :length] = positions
-        self.position_ids[slot, length:] = self._places[: self.seq_len - length]
-        self.is_token[slot, :length] = True
+    def fill(
+        self,
+        slot: int,
+        segments: Sequence[tuple[int, int, int, int]],
+        spans: Sequence[tuple[int, int]],
+        stores: Sequence[Store],
+    ) -> None:
+        """Put a row into a slot: segments and spans as SEGMENT and SPAN have them, and where the tokens are."""
+        ids, labels, positions = self.input_ids[slot], self.labels[slot], self.position_ids[slot]
+        tokens = np.empty(len(ids), stores[0].dtype)
+        at = 0
+        for token, _, length, store in segments:
+            end = at + length
+            stores[store].copy_tokens(token, tokens[at:end])
+            positions[at:end] = self._places[:length]
+            at = end
+        ids[:at] = tokens[:at]
+        positions[at:] = self._places[: len(ids) - at]
+        self.is_token[slot, :at] = True
+        for begin, end in spans:
+            labels[begin - 1 : end - 1] = ids[begin:end]
 
     def finished(self) -> MicroBatch:
         """The arrays as tensors."""
@@ -240,6 +206,21 @@ class Batch:
             position_ids=torch.from_numpy(self.position_ids),
             is_token=torch.from_numpy(self.is_token),
         )
+
+
+def lay_out(store: Store, rows: Rows, *, store_number: int) -> Plan:
+    """Write out what lies in each row, so that nothing has to be looked up when it is read."""
+    segments, counts = rows.segments, np.diff(rows.offsets)
+    laid = np.empty(len(segments.length), SEGMENT)
+    laid["token"] = store.first_tokens(segments.document) + segments.start
+    laid["document"], laid["length"], laid["store"] = segments.document, segments.length, store_number
+    begins = np.cumsum(segments.length) - segments.length
+    in_row = begins - np.repeat(begins[rows.offsets[:-1]], counts) if len(begins) else begins
+    low, high, segment = _trained_spans(store, segments)
+    spans = np.empty(len(segment), SPAN)
+    spans["begin"], spans["end"] = in_row[segment] + low, in_row[segment] + high
+    spans_before = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=len(laid)))])
+    return Plan(np.stack([rows.offsets, spans_before[rows.offsets]], axis=1), laid, spans)
 
 
 def write_rows(
@@ -258,34 +239,23 @@ def write_rows(
         lost all their targets with the cut) and `untrained_pieces`.
     """
     counts: Counter[str] = Counter(rows=0)
-    names = ("row_offsets", "documents", "starts", "lengths")
+    done = np.zeros(2, np.int64)
+    total = sum(store.num_documents for store in stores)
     with ExitStack() as stack:
-        files = [stack.enter_context(open(folder / f"{name}.bin", "wb", buffering=1 << 20)) for name in names]
-        files[0].write(np.zeros(1, "<i8").data)
-        num_segments = base = 0
-        total = sum(store.num_documents for store in stores)
-        for store in stores:
+        files = [stack.enter_context(open(folder / name, "wb", buffering=1 << 20)) for name in _FILES]
+        files[0].write(done.astype("<i8").data)
+        for number, store in enumerate(stores):
             for first in range(0, store.num_documents, PACKED_TOGETHER):
                 documents = np.arange(first, min(first + PACKED_TOGETHER, store.num_documents))
                 segments = _trained_segments(store, documents, seq_len, overlong, counts)
                 rows = pack(segments, seq_len) if packing else one_row_each(segments)
-                for file, values, dtype in zip(
-                    files,
-                    (
-                        rows.offsets[1:] + num_segments,
-                        rows.segments.document + base + first,
-                        rows.segments.start,
-                        rows.segments.length,
-                    ),
-                    ("<i8", "<i8", "<i4", "<i4"),
-                    strict=True,
-                ):
-                    file.write(np.ascontiguousarray(values, dtype).data)
-                num_segments += len(rows.segments.length)
+                plan = lay_out(store, rows, store_number=number)
+                for file, values in zip(files, (plan.borders[1:] + done, plan.segments, plan.spans), strict=True):
+                    file.write(np.ascontiguousarray(values).data)
+                done += plan.borders[-1]
                 counts["rows"] += rows.num_rows
                 progress(f"packing: {counts['documents']:,} of {total:,} samples")
                 store.forget()
-            base += store.num_documents
     return dict(counts)
 
 
@@ -293,25 +263,33 @@ def _trained_segments(store: Store, documents: Ints, seq_len: int, overlong: Ove
     """The segments of consecutive documents that have something to learn; the rest is counted."""
     lengths = store.lengths[documents].astype(np.int64)
     cut = cut_documents(lengths, seq_len, overlong)
-    spans, span_counts = store.spans_of(documents)
-    targets = count_targets(
-        cut.segments,
-        np.concatenate([[0], np.cumsum(lengths)]),
-        spans,
-        np.concatenate([[0], np.cumsum(span_counts)]),
-    )
-    segments = cut.segments.take(targets > 0)
-    trained = np.zeros(len(documents), bool)
-    trained[segments.document] = True
+    first = int(documents[0]) if len(documents) else 0
+    segments = Segments(cut.segments.document + first, cut.segments.start, cut.segments.length)
+    low, high, segment = _trained_spans(store, segments)
+    targets = np.bincount(segment, weights=high - low, minlength=len(segments.length))
+    kept = segments.take(targets > 0)
+    trained = len(np.unique(kept.document))
     dropped = int((lengths > seq_len).sum()) if overlong == "drop" else 0
     counts["documents"] += len(documents)
-    counts["tokens"] += int(segments.length.sum())
+    counts["tokens"] += int(kept.length.sum())
     counts["targets"] += int(targets.sum())
     counts["overlong_documents"] += cut.overlong_documents
     counts["lost_tokens"] += cut.lost_tokens
-    counts["untrained_documents"] += int((~trained).sum()) - dropped
+    counts["untrained_documents"] += len(documents) - trained - dropped
     counts["untrained_pieces"] += int((targets == 0).sum())
-    return segments
+    return kept
+
+
+def _trained_spans(store: Store, segments: Segments) -> tuple[Ints, Ints, Ints]:
+    """The trained spans of segments that hold a target: first token and the one after the last, relative to the segment; and
+    the segment each belongs to.
+    """
+    spans, counts = store.spans_of(segments.document)
+    segment = np.repeat(np.arange(len(counts)), counts)
+    low = np.maximum(spans[:, 0] - segments.start[segment], 1)  # the first token has nothing to be predicted from
+    high = np.minimum(spans[:, 1] - segments.start[segment], segments.length[segment])
+    filled = low < high
+    return low[filled], high[filled], segment[filled]
 
 
 def fingerprint_of(pools: Sequence[Pool], weights: Sequence[float], parts: Any) -> str:

@@ -1,4 +1,4 @@
-"""Tokenised documents in flat files, read through memory maps.
+"""Tokenised documents in flat files.
 
 `tokens.bin` and `tokens.idx` are laid out as Megatron-LM's indexed data sets, so that an existing corpus can be brought and
 ours taken away. Beside them lies what Megatron does not have: which tokens are trained, and the line each document stands on.
@@ -55,11 +55,58 @@ class Mapped:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
+class RandomFile:
+    """A file of the cache that is read in pieces, at any place, by any number of threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._handle).st_size
+        """Bytes."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+    def read(self, start: int, count: int) -> bytes:
+        """Some bytes.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        try:
+            data = os.pread(self._handle, count, start)
+        except OSError as error:
+            raise self._failed(start, error.strerror) from None
+        if len(data) != count:
+            raise self._failed(start, f"it ends after {start + len(data)} bytes")
+        return data
+
+    def read_into(self, start: int, array: NDArray[Any]) -> None:
+        """Fill an array.
+
+        Raises:
+            DataError: the file cannot be read so far.
+        """
+        try:
+            count = os.preadv(self._handle, [array.data], start)
+        except OSError as error:
+            raise self._failed(start, error.strerror) from None
+        if count != array.nbytes:
+            raise self._failed(start, f"it ends after {start + count} bytes")
+
+    def _failed(self, start: int, why: str | None) -> DataError:
+        return DataError(
+            f"{self._path}: cannot be read at byte {start} ({why}). Was the cache changed, or the disk lost? "
+            "Start the same command again; a damaged cache is built anew."
+        )
+
+
 class Store:
     """Documents, numbered from 0."""
 
-    tokens: NDArray[Any]
-    """All tokens, end to end."""
+    dtype: np.dtype[Any]
+    """Of the tokens."""
     lengths: NDArray[np.int32]
     """Tokens of each document: (num_documents,)."""
     _spans: NDArray[np.int32] | None = None
@@ -71,7 +118,11 @@ class Store:
         return len(self.lengths)
 
     def first_tokens(self, documents: Ints) -> Ints:
-        """Where these documents start in `tokens`."""
+        """Where these documents start in the tokens of all, laid end to end."""
+        raise NotImplementedError
+
+    def copy_tokens(self, first: int, into: NDArray[Any]) -> None:
+        """Fill an array of `dtype` with the tokens from `first` on."""
         raise NotImplementedError
 
     def spans_of(self, documents: Ints) -> tuple[Ints, Ints]:
@@ -92,7 +143,8 @@ class ChunkStore(Store):
     """The documents of a few chunks, in memory."""
 
     def __init__(self, chunks: Sequence[TokenizedChunk]) -> None:
-        self.tokens = np.concatenate([chunk.tokens for chunk in chunks])
+        self._tokens = np.concatenate([chunk.tokens for chunk in chunks])
+        self.dtype = self._tokens.dtype
         self.lengths = np.concatenate([chunk.lengths for chunk in chunks])
         self._first = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
         spans = [chunk.spans for chunk in chunks if chunk.spans is not None]
@@ -102,23 +154,31 @@ class ChunkStore(Store):
             self._span_offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
 
     def first_tokens(self, documents: Ints) -> Ints:
-        """Where these documents start in `tokens`."""
+        """Where these documents start in the tokens of all, laid end to end."""
         return self._first[documents]
+
+    def copy_tokens(self, first: int, into: NDArray[Any]) -> None:
+        """Fill an array of `dtype` with the tokens from `first` on."""
+        into[:] = self._tokens[first : first + len(into)]
 
 
 class TokenStore(Store):
-    """The documents of one source, in memory-mapped files."""
+    """The documents of one source, in files.
+
+    What is gone through in order is memory-mapped; tokens, which are read at random, are not.
+    """
 
     def __init__(self, folder: Path) -> None:
         index = read_index(folder / "tokens.idx")
-        tokens = Mapped(folder / "tokens.bin", index.dtype)
+        self.file = RandomFile(folder / "tokens.bin")
+        """All tokens, end to end."""
+        self.dtype = np.dtype(index.dtype)
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         """What was counted while it was written."""
-        self.tokens = tokens.array
         self.lengths = index.lengths
         self._bytes = index.positions
-        self._mapped = [tokens, *index.mapped]
+        self._mapped = list(index.mapped)
         if (folder / "spans.bin").exists():
             spans = Mapped(folder / "spans.bin", "<i4")
             offsets = Mapped(folder / "span_offsets.bin", "<i8")
@@ -127,8 +187,12 @@ class TokenStore(Store):
         self._lines = Mapped(folder / "lines.bin", "<i8").array
 
     def first_tokens(self, documents: Ints) -> Ints:
-        """Where these documents start in `tokens`."""
-        return self._bytes[documents] // self.tokens.itemsize
+        """Where these documents start in the tokens of all, laid end to end."""
+        return self._bytes[documents] // self.dtype.itemsize
+
+    def copy_tokens(self, first: int, into: NDArray[Any]) -> None:
+        """Fill an array of `dtype` with the tokens from `first` on."""
+        self.file.read_into(first * self.dtype.itemsize, into)
 
     def sample(self, document: int) -> tuple[list[int], list[bool]]:
         """The token ids of a document, and which of them are trained."""
@@ -136,7 +200,9 @@ class TokenStore(Store):
         trained = np.zeros(length, bool)
         for start, end in self.spans_of(np.array([document]))[0].tolist():
             trained[start:end] = True
-        return self.tokens[first : first + length].tolist(), trained.tolist()
+        tokens = np.empty(length, self.dtype)
+        self.copy_tokens(first, tokens)
+        return tokens.tolist(), trained.tolist()
 
     def line(self, document: int) -> int:
         """The line or row that the document stands on in its file."""

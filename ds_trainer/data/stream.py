@@ -146,7 +146,7 @@ class Lane:
         """Copy the next row into a slot of a batch."""
         row = self.skip()
         assert self._block
-        self._block.read(np.array([row]), np.array([slot]), batch)
+        self._block.read(row, slot, batch)
 
     def skip(self) -> int:
         """Pass over the next row; returns its number in the block."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from ds_trainer.data.pack import best_fit_decreasing, count_targets, cut_documents, one_row_each, pack
+from ds_trainer.data.pack import best_fit_decreasing, cut_documents, one_row_each, pack
 
 lengths_strategy = stn.arrays(np.int64, st.integers(0, 60), elements=st.integers(0, 50))
 
@@ -111,19 +111,3 @@ def test_without_packing_a_row_holds_one_segment():
     rows = one_row_each(cut_documents(np.array([3, 9, 1]), 4, "split").segments)
     assert [len(row) for row in rows_as_lists(rows)] == [1] * 5
     assert sorted(chain(*rows_as_lists(rows))) == [(0, 0, 3), (1, 0, 4), (1, 4, 4), (1, 8, 1), (2, 0, 1)]
-
-
-@given(st.data())
-def test_targets_are_trained_tokens_with_a_token_before_them(data):
-    trained = data.draw(st.lists(st.lists(st.booleans(), max_size=20), max_size=8))
-    seq_len = data.draw(st.integers(1, 12))
-    lengths = np.array([len(mask) for mask in trained], np.int64)
-    spans = [[(i, i + 1) for i, is_trained in enumerate(mask) if is_trained] for mask in trained]
-    segments = cut_documents(lengths, seq_len, "split").segments
-    counted = count_targets(
-        segments,
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        np.array(list(chain(*spans)), np.int64).reshape(-1, 2),
-        np.concatenate([[0], np.cumsum([len(of_one) for of_one in spans])]).astype(np.int64),
-    )
-    assert counted.tolist() == [sum(trained[d][start + 1 : start + n]) for d, start, n in as_tuples(segments)]

@@ -81,7 +81,7 @@ def test_texts_become_full_rows_of_all_their_tokens(write, prepare_text, tokeniz
     assert sum(label != IGNORED for _, labels, _ in as_rows(rows) for label in labels) == rows.num_targets
     assert rows.max_token_id == max(token for ids, _, _ in as_rows(rows) for token in ids)
     [store] = rows.pools[0].stores
-    assert store.tokens.dtype == "uint16"
+    assert store.dtype == "uint16"
     assert f"29 samples of {expected:,} tokens: {rows.num_rows} rows of 64" in reports[-1]
     assert "overlong split" in reports[-1]
     assert store.meta["read"] == store.meta["documents"] == 29
@@ -252,7 +252,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(write, prepare_text, tokeni
         assert len(tokenizer) == size
         write("a.jsonl", {"text": f"four <extra{size}>"})
         rows = prepare_text(path, tokenizer=tokenizer)
-        assert rows.pools[0].stores[0].tokens.dtype == dtype
+        assert rows.pools[0].stores[0].dtype == dtype
         assert rows.max_token_id == size - 1 > small
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from ds_trainer.data import rows as rows_module
 from ds_trainer.data.chunks import TokenizedChunk
 from ds_trainer.data.pack import one_row_each, pack
-from ds_trainer.data.rows import Batch, Block, Forgetting, Pool, TokenRows, fingerprint_of, write_rows
+from ds_trainer.data.rows import Batch, Block, Pool, TokenRows, fingerprint_of, write_rows
 from ds_trainer.data.store import StoreWriter, TokenStore
+from ds_trainer.errors import DataError
 from ds_trainer.protocols import IGNORED
 
 
@@ -185,11 +186,9 @@ def test_a_row_knows_the_documents_it_holds(tmp_path):
     for row in range(rows.num_rows):
         ids, _, positions, is_token = as_lists(rows.read([row]), 0)
         starts = [ids[at] for at in range(7) if is_token[at] and positions[at] == 0]
-        for segment, first in enumerate(starts):
-            store, document = rows.place(row, segment)
-            assert store.tokens[store.first_tokens(np.array([document]))[0]] == first
+        assert [store.sample(document)[0][0] for store, document in rows.samples(row)] == starts
     with pytest.raises(IndexError):
-        rows.place(rows.num_rows, 0)
+        rows.samples(rows.num_rows)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -202,18 +201,19 @@ def test_documents_packed_in_several_windows_are_the_same_documents(tmp_path, mo
     windowed = make_pool(tmp_path / "windowed", sources, 16, packing=packing)
 
     def segments(pool):
-        return sorted(zip(pool.documents.tolist(), pool.starts.tolist(), pool.lengths.tolist(), strict=True))
+        return sorted(each for row in range(pool.num_rows) for each in pool.segments(row))
 
     assert segments(windowed) == segments(whole)
     assert len(segments(whole)) == sum(len(ids) > 1 for ids in documents)
     assert windowed.meta | {"rows": 0} == whole.meta | {"rows": 0}
     # A window's rows lie together, and hold its documents alone: 0 to 9, 10 to 19, ..., 37 to 46, ...
-    bounds = [*range(0, 37, 10), *range(37, 99, 10)]
-    window_of = [max(index for index, bound in enumerate(bounds) if bound <= document) for document in windowed.documents]
-    assert window_of == sorted(window_of)
-    for start, end in pairwise(windowed.offsets):
-        assert len({window_of[at] for at in range(start, end)}) == 1
-        assert windowed.lengths[start:end].sum() <= 16
+    windows = []
+    for row in range(windowed.num_rows):
+        of_row = windowed.segments(row)
+        [window] = {(store, document // 10) for _, document, _, store in of_row}
+        windows.append(window)
+        assert sum(length for _, _, length, _ in of_row) <= 16
+    assert windows == sorted(windows)
 
 
 def test_the_progress_of_packing_is_told(tmp_path, monkeypatch):
@@ -237,39 +237,33 @@ def test_a_block_in_memory_gives_the_same_rows_as_files(tmp_path, packing):
     )
     assert block.num_rows == rows.num_rows
     batch = Batch(rows.num_rows, 8)
-    everything = np.arange(rows.num_rows)
-    block.read(everything, everything, batch)
-    found, expected = batch.finished(), rows.read(everything.tolist())
+    everything = range(rows.num_rows)
+    for row in everything:
+        block.read(row, row, batch)
+    found, expected = batch.finished(), rows.read(list(everything))
     for slot in everything:
         assert as_lists(found, slot) == as_lists(expected, slot)
 
 
-def resident_file_bytes(path):
-    """Resident memory of this process's mappings of a file."""
-    total, inside = 0, False
-    for line in open("/proc/self/smaps"):  # noqa: SIM115
-        if "-" in line.split(" ", 1)[0]:
-            inside = str(path) in line
-        elif inside and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
+def mapped_files():
+    return [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
 
 
-def test_pages_that_were_read_are_given_back(tmp_path, monkeypatch):
-    rows = make_rows(tmp_path, [[([list(range(1, 10_001))] * 600, None)]], 10_000, packing=False)
-    tokens = tmp_path / "pool0" / "store0" / "tokens.bin"  # 12 MB
-    rows.forget()
-    assert resident_file_bytes(tokens) == 0
+def test_what_is_read_is_not_mapped_and_so_is_not_held(tmp_path):
+    rows = make_rows(tmp_path, [[([list(range(1, 1001))] * 60, None)]], 1000, packing=False)
     for row in range(rows.num_rows):
-        rows.read([row])
-    assert resident_file_bytes(tokens) > 10 << 20
-    monkeypatch.setattr(rows_module, "_FORGET_ROWS", 2)
-    read, most = Forgetting(rows), 0
-    for row in range(100):
-        assert read([row]).num_tokens == 10_000
-        if row > 2:
-            most = max(most, resident_file_bytes(tokens))
-    assert 0 < most < 7 << 20  # a fault may map as much as 2 MiB
+        assert rows.read([row]).num_tokens == 1000
+    assert not [path for path in mapped_files() if path.endswith(("tokens.bin", "rows.bin", "segments.bin"))]
+
+
+@pytest.mark.parametrize("name", ["store0/tokens.bin", "rows/segments.bin", "rows/spans.bin", "rows/rows.bin"])
+def test_a_file_that_is_cut_while_it_is_used_is_an_error_with_its_path(tmp_path, name):
+    rows = make_rows(tmp_path, [[([[1, 2, 3]] * 20, None)]], 4)
+    path = tmp_path / "pool0" / name
+    with path.open("r+b") as file:
+        file.truncate(8)
+    with pytest.raises(DataError, match=rf"{path}: cannot be read at byte \d+ \(it ends after \d+ bytes\)"):
+        rows.read(range(20))
 
 
 def digest(folder, sources, seq_len=8, **options):

@@ -39,8 +39,7 @@ def write_store(folder, chunks, dtype="uint16"):
 
 
 def documents_of(store):
-    first = store.first_tokens(np.arange(store.num_documents))
-    return [store.tokens[start : start + n].tolist() for start, n in zip(first, store.lengths, strict=True)]
+    return [store.sample(document)[0] for document in range(store.num_documents)]
 
 
 def spans_of(store, documents):
@@ -100,7 +99,7 @@ def test_documents_and_spans_come_back_as_they_were_written(tmp_path, dtype):
     first = make_chunk([[5, 6, 7], [8]], [[(1, 2), (2, 3)], []], dtype)
     second = make_chunk([[65535, 1]], [[(0, 2)]], dtype, first_line=40)
     store = write_store(tmp_path / "s", [first, second], dtype)
-    assert store.tokens.dtype == dtype
+    assert store.dtype == dtype
     assert documents_of(store) == [[5, 6, 7], [8], [65535, 1]]
     assert spans_of(store, [2, 0, 1]) == [[[0, 2]], [[1, 2], [2, 3]], []]
     assert [store.line(document) for document in range(3)] == [1, 2, 40]
@@ -122,7 +121,7 @@ def test_documents_without_a_single_trained_token_have_no_spans(tmp_path):
 
 def test_an_empty_store_can_be_written_and_read(tmp_path):
     store = write_store(tmp_path, [make_chunk([])], "int32")
-    assert (store.num_documents, len(store.tokens), store.tokens.dtype) == (0, 0, "int32")
+    assert (store.num_documents, store.file.size, store.dtype) == (0, 0, "int32")
     assert read_as_megatron(tmp_path / "tokens") == ([], [0])
 
 
