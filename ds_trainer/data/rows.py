@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,9 @@ class Batch:
     def __init__(self, rows: int, seq_len: int) -> None:
         self.input_ids = np.zeros((rows, seq_len), np.int64)
         self.labels = np.full((rows, seq_len), IGNORED, np.int64)
-        self.position_ids = np.empty((rows, seq_len), np.int64)
+        self._places = _places(seq_len)
+        self.position_ids = self._places[None].repeat(rows, axis=0)
         self.is_token = np.zeros((rows, seq_len), np.bool_)
-        self._places = np.arange(seq_len)
-        self.position_ids[:] = self._places
 
     def fill(
         self,
@@ -206,6 +206,11 @@ class Batch:
             position_ids=torch.from_numpy(self.position_ids),
             is_token=torch.from_numpy(self.is_token),
         )
+
+
+@lru_cache(maxsize=2)
+def _places(seq_len: int) -> Ints:
+    return np.arange(seq_len)
 
 
 def lay_out(store: Store, rows: Rows, *, store_number: int) -> Plan:
