@@ -95,10 +95,11 @@ def write_store(folder: Path, lengths: Any, *, tokens: bool = False) -> None:
 
 def make_rows(name: str, lengths: Any, seq_len: int) -> Path:
     """A store in out/bench and rows packed from it; kept for the next run."""
+    from ds_trainer.data.prepare import ROWS_VERSION
     from ds_trainer.data.rows import write_rows
     from ds_trainer.data.store import TokenStore
 
-    folder = SCRATCH / name
+    folder = SCRATCH / f"{name}_{ROWS_VERSION}"
     if not (folder / "rows" / "meta.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         write_store(folder / "store", lengths, tokens=True)

@@ -212,8 +212,8 @@ def ours(folder: str, kind: str, workers: str) -> dict[str, Any]:
     result = {"wall_s": time.perf_counter() - wall, "cpu_s": cpu_seconds() - cpu}
     store = rows.pools[0].stores[0]
     return result | {
-        "digest": digest(store.tokens, store.lengths, trained_in(store)),
-        "tokens": len(store.tokens),
+        "digest": digest(np.fromfile(store.folder / "tokens.bin", store.dtype), store.lengths, trained_in(store)),
+        "tokens": store.meta["tokens"],
         "tokens_bin": (store.folder / "tokens.bin").stat().st_size,
         "store": size_of(store.folder),
         "rows": sum(size_of(each) for each in cache.glob("rows_*") if each.is_dir()),
@@ -313,7 +313,7 @@ def trained_in(store: Any) -> Any:
     """(num_tokens,) bool."""
     every = np.arange(store.num_documents)
     spans, counts = store.spans_of(every)
-    edges = np.zeros(len(store.tokens) + 1, np.int8)
+    edges = np.zeros(store.meta["tokens"] + 1, np.int8)
     first, end = (spans + np.repeat(store.first_tokens(every), counts)[:, None]).T
     np.add.at(edges, first, 1)
     np.add.at(edges, end, -1)
