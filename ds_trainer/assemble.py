@@ -190,7 +190,7 @@ def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
     return load.load_pretrained(settings.model, prepared.data.model_config, precision=precision, attention=prepared.attention)
 
 
-def arranged_windows(prepared: Prepared, engine: Engine, state: TrainState) -> Windows[ModelBatch]:
+def arranged_windows(prepared: Prepared, engine: Engine, state: TrainState, report: Report) -> Windows[ModelBatch]:
     """The micro-batches of one optimizer step after the other, laid out for the model, on the CPU."""
     pin = engine.device.type == "cuda"
     convert = partial(attention.arrange, implementation=prepared.attention, pin=pin)
@@ -203,6 +203,7 @@ def arranged_windows(prepared: Prepared, engine: Engine, state: TrainState) -> W
         convert,
         rank=comm.rank(),
         data_parallel_size=engine.data_parallel_size,
+        report=report,
     )
 
 

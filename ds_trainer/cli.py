@@ -234,7 +234,7 @@ def prepare(
         with logs.hushed():
             story(resolved, console, world_size=world_size, show=show, workers=workers)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on where this one was", markup=False)
+        console.print("stopped; the same command goes on from where this one was, but for the last few seconds", markup=False)
         raise typer.Exit(128 + signal.SIGINT) from None
 
 
@@ -360,7 +360,14 @@ def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any
         folder.clear_errors()
     logs.to_log_file(folder.log)
     command = _continue_command(resolved, launch)
-    on_ending_signal(lambda number: _account_for(Stopped(number), folder, launch, console, command))
+
+    def stopped(number: signal.Signals) -> None:
+        if launch.rank and not _ranks_have_met():
+            # The folder may be another start's, and rank zero refused for that: nothing is written into it.
+            os._exit(128 + number)
+        _account_for(Stopped(number), folder, launch, console, command)
+
+    on_ending_signal(stopped)
     try:
         last_word = story(folder, console)
     except BaseException as error:
@@ -369,6 +376,11 @@ def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any
         folder.finish(EXIT_DONE, "done", step=newest_step(folder.checkpoints), command=command)
         console.print(last_word, markup=False)
     return EXIT_DONE
+
+
+def _ranks_have_met() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
 
 
 def _check_resume(resolved: Resolved, folder: RunFolder) -> None:
@@ -414,7 +426,8 @@ def _account_for(error: BaseException, folder: RunFolder, launch: Launch, consol
         step = newest_step(folder.checkpoints)
         for line in _last_words(error, text, folder, launch, step, command):
             console.print(line, markup=False)
-        folder.finish(code, text, step=step, command=command)
+        # What was refused would be refused again.
+        folder.finish(code, text, step=step, command=None if isinstance(error, RefusedError) else command)
     console.show_cursor()  # a progress bar hides it
     sys.stdout.flush()
     sys.stderr.flush()

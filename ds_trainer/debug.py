@@ -50,7 +50,7 @@ def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Consol
         engine = build(prepared, say)
         plan = dataclasses.replace(prepared.plan, max_steps=min(steps, prepared.plan.max_steps))
         state = TrainState()
-        windows = arranged_windows(prepared, engine, state)
+        windows = arranged_windows(prepared, engine, state, say)
         recorder = Recorder(
             folder,
             progress,
@@ -80,6 +80,7 @@ def shown_rows(prepared: Prepared, count: int, colours: bool) -> list[Text]:
         lambda batch: batch,
         rank=0,
         data_parallel_size=1,
+        report=lambda line: None,
     )
     window = next(windows)
     windows.close()

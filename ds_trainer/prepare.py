@@ -17,6 +17,7 @@ from ds_trainer.data.chunks import BadRecord
 from ds_trainer.data.prepare import judge
 from ds_trainer.data.rows import TokenRows
 from ds_trainer.data.store import TokenStore, where
+from ds_trainer.errors import DataError
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data
 
 REPORT = "data_report.json"
@@ -56,9 +57,18 @@ def prepare(resolved: Resolved, console: Console, *, world_size: int, show: int,
     for line in as_text(report):
         console.print(line, markup=False)
     console.print(f"\nAll of this, and every record that was left out: {folder / REPORT}", markup=False)
+    if data.stream:
+        console.print(
+            "The training data is streamed: it was not read here, and its bad records are found while it is trained on. "
+            "To go through it now: the same command with data.streaming=false.",
+            markup=False,
+        )
     for rows in (data.rows, data.held_out):
         for store in stores_of(rows):
-            judge(store.meta, resolved.settings.data, so_far=False)
+            try:
+                judge(store.meta, resolved.settings.data, so_far=False)
+            except DataError as error:
+                raise DataError(str(error).splitlines()[0]) from None  # the records are listed above
     if data.rows:
         plan = plan_steps(resolved, data.rows, batch)
         console.print(f"Run: {length_of(plan, data)}; {batch}", markup=False)
@@ -91,22 +101,31 @@ def describe(data: RunData) -> dict[str, Any]:
 def as_text(report: dict[str, Any]) -> Iterator[str]:
     """The report as people read it."""
     for name, part in report.items():
+        title = "held-out data" if name == "held_out" else name
         for source in part["sources"]:
-            yield from _source_lines("held-out data" if name == "held_out" else name, source)
-        for rows in part["rows"]:
-            yield (
-                f"  rows       {rows['rows']:,} of {part['seq_len']:,} {'packed' if rows['packing'] else 'padded'}, "
-                f"{rows['tokens'] / (rows['rows'] * part['seq_len']):.1%} filled; {rows['overlong_documents']:,} samples "
-                f"overlong ({rows['overlong']}), {rows['lost_tokens']:,} tokens lost, {rows['untrained_documents']:,} samples "
-                "left without a token to train on"
-            )
+            yield from _source_lines(title, source)
+        for number, rows in enumerate(part["rows"]):
+            yield _rows_line(title, part, number, rows)
+
+
+def _rows_line(title: str, part: dict[str, Any], number: int, rows: dict[str, Any]) -> str:
+    sources = part["sources"]
+    of = f" of {sources[number]['path']}" if len(part["rows"]) > 1 else " of all sources" if len(sources) > 1 else ""
+    fill = rows["tokens"] / (rows["rows"] * part["seq_len"])
+    return (
+        f"\n{title}, rows{of}: {rows['rows']:,} of {part['seq_len']:,}, {'packed' if rows['packing'] else 'padded'}, "
+        f"{fill:.1%} filled; {rows['overlong_documents']:,} samples overlong "
+        f"({rows['overlong']}), {rows['lost_tokens']:,} tokens lost, "
+        f"{rows['untrained_documents']:,} samples left without a token to train on"
+    )
 
 
 def _source_lines(name: str, source: dict[str, Any]) -> Iterator[str]:
     count = len(source["files_read"])
     files = "1 file" if count == 1 else f"{count:,} files"
     yield f"\n{name}: {source['path']} (format {source['format']}, {files})"
-    yield f"  records    {source['read']:,} read, {source['documents']:,} kept, {source['bad']:,} left out"
+    read, kept = source["read"], source["documents"]
+    yield f"  records    {read:,} read, {kept:,} kept, {read - kept:,} left out"
     by_reason = sorted(source["bad_by_reason"].items(), key=lambda pair: -pair[1])
     for reason, count in by_reason:
         yield f"    {count:>8,}  {reason}"

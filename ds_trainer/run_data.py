@@ -139,7 +139,7 @@ def plan_steps(resolved: Resolved, rows: TokenRows | None, batch: BatchPlan) -> 
     if rows and rows.num_rows < batch.global_batch_size:
         raise DataError(
             f"the data makes {rows.num_rows} rows of {resolved.settings.data.seq_len} positions, fewer than one optimizer step "
-            f"needs ({batch}). Use more data, a smaller data.seq_len, or train.global_batch_size: {rows.num_rows} or less."
+            f"needs ({batch}). Use more data, a smaller data.seq_len, or {_smaller_batch(rows.num_rows, batch)}."
         )
     total_rows = None
     if train_settings.max_steps is None:
@@ -154,6 +154,13 @@ def plan_steps(resolved: Resolved, rows: TokenRows | None, batch: BatchPlan) -> 
         total_rows=total_rows,
         seed=train_settings.seed,
     )
+
+
+def _smaller_batch(rows: int, batch: BatchPlan) -> str:
+    ranks = batch.data_parallel_size
+    if rows < ranks:
+        return f"at most {rows} ranks"
+    return f"train.global_batch_size={rows // ranks * ranks} train.micro_batch_size=1"
 
 
 def length_of(plan: Plan, data: RunData) -> str:
@@ -179,6 +186,7 @@ def read_windows(
     *,
     rank: int,
     data_parallel_size: int,
+    report: Report,
 ) -> Windows[Batch]:
     """The windows of a rank from where a run is, each micro-batch converted ahead of time."""
     settings = resolved.settings
@@ -190,7 +198,7 @@ def read_windows(
         "convert": convert,
     }
     if data.stream:
-        return StreamWindows(data.stream, state.stream, first_step=state.step, **share)
+        return StreamWindows(data.stream, state.stream, first_step=state.step, report=report, **share)
     assert data.rows
     return windows(
         data.rows,

@@ -38,6 +38,11 @@ from ds_trainer.state import TrainState
 
 PROBE_ROWS = 16
 """Rows whose loss is kept in every checkpoint, so that a resume and an export can prove that they compute the same."""
+_WHY_PART = {
+    "max_steps": " (A schedule that falls ends at max_steps, so only with train.schedule=constant may it grow. To train "
+    "longer, export the run and start a new one from the export.)"
+}
+"""Why a setting that differs is part of what a checkpoint continues, where that may surprise."""
 PROBE_TOLERANCE = 1e-3
 """How far a resumed engine's loss on them may be from the saved one, relative to it; on the same machine it is equal."""
 
@@ -70,7 +75,7 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:
             write_down(prepared, folder)
-        windows = arranged_windows(prepared, engine, state)
+        windows = arranged_windows(prepared, engine, state, progress.say)
         recorder = Recorder(
             folder,
             progress,
@@ -157,7 +162,7 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
         if written.get(name) != value:
             raise ResumeError(
                 f"{found.path} cannot be continued: it has {name} = {written.get(name)}, this run has {value}. "
-                f"Start with the settings it was saved with, or start anew with --resume never."
+                f"Start with the settings it was saved with, or start anew with --resume never.{_WHY_PART.get(name, '')}"
             )
     if offload_device(prepared.resolved, "offload_optimizer") == "nvme":
         raise ResumeError(

@@ -139,8 +139,8 @@ CONSTRAINTS: tuple[Constraint, ...] = (
             and len(v.settings.data.sources) > 1
             and v.settings.train.max_steps is None
         ),
-        "sources with weights end at different times, so the run has no epochs of its own. Say how long it is: "
-        "train.max_steps=1000.",
+        "sources with weights end at different times, so the run has no epochs of its own. Say how long it is with "
+        "train.max_steps=1000, without train.epochs.",
         "docs/design/order-of-data.md",
     ),
     Constraint(

@@ -543,7 +543,7 @@ def _present(record: Record, key: str, owner: str = "") -> Any:
         return record[key]
     names = [str(name)[:40] for name in record]
     found = ", ".join(f"`{name}`" for name in names[:8]) or "none"
-    fix = "add it"
+    fix = f"add it, or name the key that holds it in the source: `fields: {{{key}: ...}}`" if not owner else "add it"
     if not owner and (close := get_close_matches(key, names, n=1)):
         fix = f"did you mean `{close[0]}`? Then write it in the source: `fields: {{{key}: {close[0]}}}`"
     what = f"{owner + ': ' if owner else ''}the key `{key}` is missing (found: {found}); {fix}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import accumulate, islice
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,7 +43,7 @@ SHOWN_PROBLEMS = 5
 LISTED_PROBLEMS = 10_000
 """Bad records that are written down one by one; the rest is counted."""
 _EARLY_VERDICT_RECORDS = 10_000
-_KEEP_SECONDS = 30.0
+_KEEP_SECONDS = 5.0
 """How often the work is brought to the disk so far that a killed start can go on from there."""
 _SAY_SECONDS = 5.0
 _PROGRESS = "progress.json"
@@ -171,6 +172,9 @@ def recipes_of(
     """How the records of each source become tokens."""
     if stage == "pretrain" and tokenizer.eos_token_id is None:
         report("the tokenizer has no end-of-text token: documents end without one")
+    if stage == "sft":
+        own = "the tokenizer's" if tokenizer.chat_template is not None else "plain, since the tokenizer has none"
+        report(f"chat template: {data.chat_template or own}")
     template = effective_chat_template(tokenizer, data.chat_template) if stage == "sft" else None
     return [
         make_recipe(
@@ -338,16 +342,23 @@ def judge(tally: Mapping[str, Any], data: DataSection, *, so_far: bool, patience
     bad, read = tally["bad"], tally["read"]
     if data.on_bad_record == "error":
         if bad >= patience:
-            _refuse(tally, "Mend them, or leave them out with data.on_bad_record=skip")
+            enough = "" if bad <= data.max_bad_fraction * read else f" data.max_bad_fraction={ceil(100 * bad / read) / 100}"
+            if so_far or bad < read:
+                _refuse(tally, f"Mend {_them(bad)}, or leave {_them(bad)} out with data.on_bad_record=skip{enough}")
+            _refuse(tally, f"Mend {_them(bad)}: no record is good")
     elif bad > data.max_bad_fraction * read and (not so_far or read >= _EARLY_VERDICT_RECORDS):
         _refuse(
             tally,
             f"That is {bad / max(1, read):.2%} of the {read:,} records{' read so far' if so_far else ''}, and "
-            f"data.max_bad_fraction allows {data.max_bad_fraction:.2%}. Mend them, or raise the limit",
+            f"data.max_bad_fraction allows {data.max_bad_fraction:.2%}. Mend {_them(bad)}, or raise the limit",
         )
     if not so_far and not tally["documents"]:
         why = ", ".join([*filter(None, [_reasons(tally)]), *(f"{count:,} {what}" for what, count in tally["counts"].items())])
         raise DataError(f"{tally['path']}: no record is left to train on, of {read:,} ({why or 'the file holds none'}).")
+
+
+def _them(count: int) -> str:
+    return "it" if count == 1 else "them"
 
 
 def _refuse(tally: Mapping[str, Any], verdict: str) -> NoReturn:
@@ -449,11 +460,11 @@ def summary(rows: TokenRows) -> str:
     done = {"truncate": "truncated", "split": "split", "drop": "dropped"}[metas[0]["overlong"]]
     lost = f" ({total('lost_tokens'):,} tokens lost)" if total("lost_tokens") else ""
     bad = sum(store["bad"] for store in stores)
-    skipped = f"; {bad:,} bad records left out" if bad else ""
+    skipped = f"; {bad:,} bad {'record' if bad == 1 else 'records'} left out" if bad else ""
     return (
         f"{total('documents'):,} samples of {sum(store['tokens'] for store in stores):,} tokens: {rows.num_rows:,} rows of "
         f"{rows.seq_len:,}, {rows.num_tokens / (rows.num_rows * rows.seq_len):.1%} filled, "
-        f"{rows.num_targets / rows.num_tokens:.1%} of the tokens trained; "
+        f"{rows.num_targets / rows.num_tokens:.1%} of the tokens are targets; "
         f"{total('overlong_documents'):,} overlong {done}{lost}, "
         f"{total('untrained_documents'):,} dropped without a target{skipped}"
     )

@@ -284,12 +284,13 @@ def _turns_by_prefix(
         if index + 1 < len(messages):
             through, _ = _render(messages[: index + 1], tools, template, special_tokens)
         if not (through.startswith(before) and text.startswith(through)):
+            last = index + 1 == len(messages)
             raise BadRecordError(
                 Reason.AMBIGUOUS_MASK,
-                f"ambiguous mask: the chat template writes the conversation up to message {index + 1} differently when more "
-                "follows, so where the answer starts and ends cannot be told. Put {% generation %} ... {% endgeneration %} "
-                "around the answer in a copy of the template, give it as data.chat_template, or train on the last answer only: "
-                "data.train_on=last_assistant",
+                f"ambiguous mask: the chat template writes what stands {'before' if last else 'up to'} message {index + 1} "
+                "differently when more follows, so where the answer starts and ends cannot be told. Put {% generation %} ... "
+                "{% endgeneration %} around the answer in a copy of the template and give it as data.chat_template"
+                + ("" if last else "; or train on the last answer only: data.train_on=last_assistant"),
             )
         turns[index] = (len(before), len(through))
     return turns
@@ -357,7 +358,9 @@ def _render(
             **special_tokens,
         )
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}. Correct it.") from None
+        raise DataError(
+            f"the chat template is not valid Jinja: line {error.lineno}: {error.message.rstrip('.')}. Correct it."
+        ) from None
     except Exception as error:  # a template is a program: it may fail in any way
         raise BadRecordError(
             Reason.TEMPLATE_REFUSES,

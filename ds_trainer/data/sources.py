@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -34,6 +35,7 @@ _KINDS: dict[str, Kind] = {
     ".bin": "tokens",
     ".idx": "tokens",
 }
+_PACKED_SUFFIXES = (".gz", ".zst")
 _PACKABLE = ("json_lines", "json", "csv", "text")
 _NAMES = "JSON lines (.jsonl, .ndjson), JSON (.json), .csv, .parquet or .arrow; text may also end in .gz or .zst"
 _MAX_BAD_AT_START = 100
@@ -145,6 +147,15 @@ def _find_files(source: Source) -> tuple[Path, ...]:
     return files
 
 
+def _glob_for(folder: Path) -> str:
+    """What to write for the files of a folder: a pattern that matches some of them where it holds any data."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    suffixes = ["".join(Path(name).suffixes[-2:]) if name.endswith(_PACKED_SUFFIXES) else Path(name).suffix for name in names]
+    known = [suffix for suffix in suffixes if suffix.removesuffix(".gz").removesuffix(".zst") in _KINDS]
+    [(most, _)] = Counter(known or [".jsonl"]).most_common(1)
+    return os.path.join(folder, f"*{'.idx' if most == '.bin' else most}")
+
+
 def _files_of_saved(source: Source) -> tuple[Path, ...]:
     """The Arrow files of a folder that `save_to_disk` wrote, in their order."""
     folder = Path(source.path)
@@ -159,7 +170,10 @@ def _files_of_saved(source: Source) -> tuple[Path, ...]:
             )
         folder /= str(source.split)
     elif not (folder / "state.json").is_file():
-        raise DataError(f"{folder}: is a folder; a source is a file or a glob. Write {os.path.join(folder, '*.jsonl')}.")
+        raise DataError(
+            f"{folder}: is a folder, but not one that `datasets` saved (`save_to_disk`), and other sources are files or globs. "
+            f"Write {_glob_for(folder)}."
+        )
     elif source.split is not None and source.split != _read_json(folder / "state.json").get("_split"):
         raise DataError(f"{folder}: `split: {source.split}`, but the folder holds a single data set. Remove `split`.")
     state = _read_json(folder / "state.json")

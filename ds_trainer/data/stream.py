@@ -238,6 +238,7 @@ class StreamWindows(Windows[Converted]):
         rank: int,
         data_parallel_size: int,
         convert: Callable[[MicroBatch], Converted],
+        report: Report,
     ) -> None:
         data = plan.data
         self._pool = TokenizerPool(plan.recipes, workers=data.workers, timeout_seconds=data.timeout_seconds)
@@ -245,6 +246,7 @@ class StreamWindows(Windows[Converted]):
         # Without weights, sources come in proportion to the bytes they have, to a thousandth of them all.
         total = sum(_bytes(source) for source in plan.found)
         weights = tuple(source.source.weight or max(1.0, 1000 * _bytes(source) // total) for source in plan.found)
+        self._epoch = min((cursor[0] for cursor in cursors.values()), default=0)
         tallies = [Tally() for _ in plan.found]
         lanes: dict[tuple[int, int], Lane] = {}
 
@@ -272,6 +274,9 @@ class StreamWindows(Windows[Converted]):
                     lane.take(slot, batches[micro_step])
                 else:
                     lane.skip()
+            if lanes and (epoch := min(lane.cursor.epoch for lane in lanes.values())) > self._epoch:
+                self._epoch = epoch
+                report(f"data: the stream begins epoch {epoch + 1} at step {step + 1}: its records come again")
             self._after.append({f"{source}.{lane}": each.cursor.as_list() for (source, lane), each in lanes.items()})
             return [convert(batch.finished()) for batch in batches]
 

@@ -144,14 +144,14 @@ class RunFolder:
         except OSError:
             return True  # the disk is full, say: then rather twice on the terminal than never
 
-    def finish(self, code: int, reason: str, *, step: int | None, command: str) -> None:
+    def finish(self, code: int, reason: str, *, step: int | None, command: str | None) -> None:
         """Say in exit.json how this start ended, since torchrun answers 1 whatever its workers said.
 
         Args:
             code: the exit code.
             reason: in words.
             step: of the newest checkpoint; None when there is none.
-            command: what continues the run from there.
+            command: what continues the run from there; None when something has to be mended first.
         """
         fields = {"code": code, "reason": reason, "step": step}
         with contextlib.suppress(CheckpointError):  # the disk is full; the reason is on the terminal

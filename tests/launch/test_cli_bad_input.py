@@ -53,7 +53,11 @@ EXPECTED = {
     "data_other_key": ["other_key.jsonl:2:", "`text`"],
     "data_wrong_type": ["wrong_type.jsonl:1:", "`text`"],
     "data_filtered": ["no record is left to train on, of 2 (2 empty texts)"],
-    "data_few": ["the data makes 1 rows of 48 positions", "needs (4 rows a step", "global_batch_size: 1 or less"],
+    "data_few": [
+        "the data makes 1 rows of 48 positions",
+        "needs (4 rows a step",
+        "or train.global_batch_size=1 train.micro_batch_size=1.",
+    ],
     "data_folder": ["is a folder", "*.jsonl"],
     "data_wrong_stage": ["format text has no assistant turns", "train.stage=pretrain"],
     "model_missing": ["model.path = no/such/model: no such folder", "hub id"],

@@ -283,7 +283,7 @@ def test_bad_records_are_left_out_up_to_the_limit_and_listed(write, prepare_text
     path = write("a.jsonl", *({"text": text} for text in good[:40]), BAD, *({"text": text} for text in good[40:]))
     rows = prepare_text(path, on_bad_record="skip", max_bad_fraction=0.01)
     assert texts_of(rows, tokenizer) == sorted(f"{text}</s>" for text in good)
-    assert "; 1 bad records left out" in reports[-1]
+    assert "; 1 bad record left out" in reports[-1]
     meta = rows.pools[0].stores[0].meta
     assert (meta["read"], meta["bad"], meta["bad_by_reason"]) == (100, 1, {"invalid JSON": 1})
     assert [(each["path"], each["line"]) for each in meta["bad_records"]] == [(str(path), 41)]
@@ -301,7 +301,7 @@ def test_a_cache_built_with_skip_is_refused_where_bad_records_are_errors_and_the
     skip = {"on_bad_record": "skip", "max_bad_fraction": 0.1}
     prepare_text(path, **skip)
     lines = refused(prepare_text, path)
-    assert lines[0].startswith(f"{path}: 1 bad record. Mend them")
+    assert lines[0].startswith(f"{path}: 1 bad record. Mend it")
     assert lines[1].startswith(f"  {path}:30: not valid JSON")
     assert refused(prepare_text, path, on_bad_record="skip", max_bad_fraction=0.01)
     assert prepare_text(path, **skip).num_rows > 0

@@ -75,6 +75,7 @@ class Run:
 
     def __init__(self, plan, tokenizer, layout, cursors=None, first_step=0):
         self.ranks, self.micro, self.accumulation = layout
+        self.reports = []
         self.windows = [
             StreamWindows(
                 plan,
@@ -85,6 +86,7 @@ class Run:
                 rank=rank,
                 data_parallel_size=self.ranks,
                 convert=lambda batch: documents(batch, tokenizer),
+                report=self.reports.append,
             )
             for rank in range(self.ranks)
         ]
@@ -282,6 +284,7 @@ def test_conversations_are_streamed_with_their_masks(write, plan_of, tokenizer):
         rank=0,
         data_parallel_size=1,
         convert=lambda batch: batch,
+        report=print,
     )
     for _ in range(10):
         for labels in next(windows)[0].labels:
@@ -393,3 +396,12 @@ def test_what_a_stream_cannot_do_is_refused(numbered, plan_of):
 def test_a_lane_count_divides_the_batch_and_depends_on_the_data_alone(numbered, plan_of):
     path = numbered("a", *[10] * 13)
     assert [plan_of(path, batch=batch).lanes for batch in (1, 4, 7, 12, 26, 64)] == [1, 4, 7, 12, 13, 8]
+
+
+def test_a_stream_that_comes_again_says_so(numbered, plan_of, run):
+    running = run(plan_of(numbered("a", 30)), (1, 4, 1))
+    running.steps(5)
+    assert running.reports == []
+    running.steps(30)
+    assert running.reports[0].startswith("data: the stream begins epoch 2 at step ")
+    assert len(running.reports) == len(set(running.reports)) <= 6
