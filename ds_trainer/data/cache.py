@@ -1,4 +1,4 @@
-"""What is computed once and kept: folders of memory-mapped files that appear whole or not at all.
+"""What is computed once and kept: folders that appear whole or not at all.
 
 Any number of processes may ask for the same folder at once. One builds it in a temporary folder beside it, under a lease
 that its death gives back; the others wait. Only the rename at the end makes the folder visible.

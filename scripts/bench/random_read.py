@@ -5,7 +5,7 @@
 files in the page cache. `TokenRows.read` works out labels, positions and what is padding, and gives tensors; `datasets[i]`
 gives stored lists, which a collator then makes tensors of, or numpy arrays. Checked before: both give equal rows.
 
-Memory: a rank reads random rows of a cache of 10 million rows of 32 tokens through `loader.windows`, which gives pages back;
+Memory: a rank reads random rows of a cache of 10 million rows of 32 tokens through `loader.windows`;
 with files that were just written, which lie in the page cache in large pieces, and with files that come back from the disk.
 """
 
