@@ -281,7 +281,7 @@ def test_a_source_is_refused_before_it_is_read_to_its_end_unless_all_problems_ar
 def test_bad_records_are_left_out_up_to_the_limit_and_listed(write, prepare_text, tokenizer, reports):
     good = [f"number {n}" for n in range(99)]
     path = write("a.jsonl", *({"text": text} for text in good[:40]), BAD, *({"text": text} for text in good[40:]))
-    rows = prepare_text(path, on_bad_record="skip", max_bad_fraction=0.01)
+    rows = prepare_text(Source(path=str(path), format="text"), on_bad_record="skip", max_bad_fraction=0.01)
     assert texts_of(rows, tokenizer) == sorted(f"{text}</s>" for text in good)
     assert "; 1 bad record left out" in reports[-1]
     meta = rows.pools[0].stores[0].meta
@@ -612,3 +612,39 @@ def test_an_empty_file_among_others_is_a_bad_record(write, prepare_text):
 def test_paths_may_hold_any_letters(write, prepare_text, tmp_path):
     path = write("données [1] 数据/a b*.jsonl", *TEXTS)
     assert prepare_text(path, cache_folder=tmp_path / "größe 缓存").num_rows > 0
+
+
+PLANTED = {
+    "invalid JSON": b'{"text": "a",}',
+    "NUL byte": b'{"text": "a\x00b"}',
+    "invalid UTF-8": b'{"text": "caf\xe9"}',
+    "not a finite number": b'{"text": "a", "score": NaN}',
+    "number too long": b'{"text": "a", "n": ' + b"9" * 5000 + b"}",
+    "duplicate key": b'{"text": "a", "text": "b"}',
+    "not an object": b'["text"]',
+    "nested too deeply": b"[" * 100_000,
+    "line too long": b'{"text": "' + b"x" * (3 << 20) + b'"}',
+    "missing key": b'{"body": "a"}',
+    "wrong type": b'{"text": ["a"]}',
+    "null content": b'{"text": null}',
+    "half a surrogate pair": b'{"text": "\\ud800"}',
+}
+
+
+def test_fourteen_kinds_of_defects_in_a_hundred_thousand_lines_are_all_found_and_none_invented(
+    write, prepare_text, monkeypatch
+):
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2 << 20)
+    lines = [b'{"text": "four"}'] * 100_000
+    places = {}
+    for number, (reason, line) in enumerate(PLANTED.items()):
+        for place in (number, 7_000 * number + 777, 99_900 + number):  # at the start, in between, near the end
+            lines[place] = line
+            places[place + 1] = reason
+    path = write("planted.jsonl", raw=b"\n".join(lines) + b'\n{"text": "cut')
+    places[100_001] = "truncated last line"
+    rows = prepare_text(Source(path=str(path), format="text"), on_bad_record="skip", max_bad_fraction=0.01)
+    meta = rows.pools[0].stores[0].meta
+    assert {each["line"]: each["reason"] for each in meta["bad_records"]} == places
+    assert len(set(places.values())) == 14
+    assert (meta["read"], meta["documents"], meta["bad"]) == (100_001, 100_001 - len(places), len(places))
