@@ -1,5 +1,6 @@
 """A run that ends before its time says who failed first and why, and nobody is left behind."""
 
+import fcntl
 import json
 import os
 import signal
@@ -113,3 +114,19 @@ def test_ctrl_c_ends_all_ranks_with_one_line(run_file, tmp_path, launcher):
     where = (tmp_path / "run" / "errors" / "rank_00000.txt").read_text()
     assert "most recent call first" in where
     assert "loop.py" in where
+
+
+@pytest.mark.launch
+def test_a_start_in_the_folder_of_a_live_run_leaves_no_account_of_itself_there(run_file, tmp_path):
+    config = run_file("live")
+    folder = tmp_path / "live"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1 on here")
+        lock.flush()
+        done = run_command(torchrun(2, "-m", "ds_trainer", "train", "--config", str(config)), cwd=tmp_path, timeout=60)
+    assert done.code != 0
+    assert done.text.count("another start is training in it (process 1 on here)") == 1
+    assert {path.name for path in folder.iterdir()} <= {".lock", "logs", "errors", "checkpoints"}
+    assert not list(folder.glob("errors/*"))
