@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 """What gloo and NCCL say when a process at the other end is gone."""
 
+_LEFT_ALONE = "lost the connection to another rank"
 _WAIT_FOR_SPEAKER_SECONDS = 5.0
 """Much longer than the starts of two ranks on one busy machine lie apart."""
 
@@ -446,8 +447,10 @@ def _last_words(
     onwards = f"The run goes on from step {step}" if step else "There is no checkpoint yet: the run starts anew"
     if isinstance(error, Stopped):
         return [f"ds_trainer: {text}. {onwards} with: {command}"]
+    # The rank that speaks when another one vanished is not the one that failed.
+    how = "was left alone" if text.startswith(_LEFT_ALONE) else "failed first"
     return [
-        f"\nds_trainer: {who} failed first:",
+        f"\nds_trainer: {who} {how}:",
         *(f"  {line}" for line in text.splitlines()),
         f"Traceback: {folder.error}",
         f"Log: {folder.log}",
@@ -464,7 +467,7 @@ def _in_words(error: BaseException) -> str:
     text = f"{type(error).__name__}: {str(error)[:500]}"
     if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
         return (
-            "lost the connection to another rank, which ended without a word. Was it killed, for want of memory perhaps? "
+            f"{_LEFT_ALONE}, which ended without a word. Was it killed, for want of memory perhaps? "
             f"`dmesg` on its host and the launcher's lines tell.\n({text.splitlines()[0]})"
         )
     return f"{text}\n({frame.filename}:{frame.lineno}, in {frame.name})"

@@ -2,6 +2,7 @@
 
     python scripts/measure.py            everything
     python scripts/measure.py --no-offload   without the runs that compile DeepSpeed ops
+    python scripts/measure.py --only loss    one section anew; the rest of the page stays
 
 Uses the workers of tests/ranks, so that the figures and the tests cannot drift apart.
 """
@@ -163,7 +164,21 @@ def fresh(name: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-offload", action="store_true", help="leave out the runs that compile DeepSpeed ops")
-    offload = not parser.parse_args().no_offload
+    parser.add_argument("--only", choices=["parity", "loss", "loading", "resume"], help="measure one section anew")
+    arguments = parser.parse_args()
+    parts = {
+        "parity": update_parity,
+        "loss": chunked_loss,
+        "loading": loading_memory,
+        "resume": lambda: resume(offload=not arguments.no_offload),
+    }
+    page = ROOT / "docs" / "measured.md"
+    if arguments.only:
+        title, *lines = parts[arguments.only]()
+        before, _, rest = page.read_text(encoding="utf-8").partition(title)
+        after = rest.partition("\n\n## ")
+        page.write_text(before + "\n".join([title, *lines]) + ("".join(after[1:]) or "\n"), encoding="utf-8")
+        return
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "peft"))
     lines = [
         "# What was measured",
@@ -174,9 +189,9 @@ def main() -> None:
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.system()}, Python {platform.python_version()}, {packages}, "
         f"{os.cpu_count()} CPU cores, no GPU.",
     ]
-    for part in (update_parity(), chunked_loss(), loading_memory(), resume(offload)):
-        lines += ["", *part]
-    (ROOT / "docs" / "measured.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for part in parts.values():
+        lines += ["", *part()]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("wrote docs/measured.md")
 
 

@@ -202,9 +202,9 @@ def peak_memory_gib(device_type: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    # Not ru_maxrss, which begins with the resident memory of the launcher.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 2**30
 
 
 class Stopwatch:
