@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,6 +28,7 @@ from ds_trainer.arguments.merge import Resolved
 from ds_trainer.data.cache import head_start_of
 from ds_trainer.data.loader import Windows, evaluation_batches
 from ds_trainer.data.rows import TokenRows
+from ds_trainer.data.sources import Report
 from ds_trainer.engine import sharded_weights
 from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, require_precision, sharded_construction
 from ds_trainer.engine.wrapper import Engine
@@ -40,8 +41,6 @@ from ds_trainer.protocols import ModelBatch
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows
 from ds_trainer.state import TrainState
 
-Report = Callable[[str], None]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
@@ -52,6 +51,7 @@ class Prepared:
     device: torch.device
     batch: BatchPlan
     engine_config: EngineConfig
+    model_config: Any
     data: RunData
     attention: str
     plan: loop.Plan
@@ -74,9 +74,10 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, keep_global: 
         raise ArgumentsError(problems)
 
     require_precision(settings.train.precision)
-    data = prepare_run_data(resolved, batch, report, head_start=head_start_of(launch.rank, launch.local_rank))
-    model_config = data.model_config
+    model_config = load.load_config(settings.model)
     implementation = attention.choose_attention(settings.model.attention, model_config, device.type, settings.train.precision)
+    head_start = head_start_of(launch.rank, launch.local_rank)
+    data = prepare_run_data(resolved, batch, model_config, report, head_start=head_start)
     config = build_engine_config(resolved, batch, hidden_size=hidden_size_of(model_config.to_dict()), device_type=device.type)
     if autos := [name for name, value in config.config["zero_optimization"].items() if value == "auto"]:
         raise ModelError(
@@ -89,6 +90,7 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, keep_global: 
         device=device,
         batch=batch,
         engine_config=config,
+        model_config=model_config,
         data=data,
         attention=implementation,
         plan=plan_steps(resolved, data.rows, batch),
@@ -143,7 +145,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
     loss = language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
     trainable = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
     total = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters())
-    report(f"model: {prepared.data.model_config.model_type}, {total:,} parameters, {trainable:,} of them trained; {loss}")
+    report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trainable:,} of them trained; {loss}")
     engine = build_engine(
         model,
         objective=language_model.nll_sum,
@@ -159,7 +161,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
         attention.probe_isolation(
             partial(language_model.last_states, engine.forward),
             prepared.attention,
-            prepared.data.model_config.get_text_config().vocab_size,
+            prepared.model_config.get_text_config().vocab_size,
             prepared.device,
         )
         engine.train_mode(True)
@@ -171,12 +173,12 @@ def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
     settings, sharded = prepared.resolved.settings, zero_stage(prepared.resolved) == 3
     precision = settings.train.precision
     if settings.model.path is None:
-        model = load.build_model(prepared.data.model_config, precision=precision, attention=prepared.attention)
+        model = load.build_model(prepared.model_config, precision=precision, attention=prepared.attention)
         load.initialize_weights(model, settings.train.seed, gather if sharded else None)
         return model
     if sharded:
         model = load.build_model(
-            prepared.data.model_config,
+            prepared.model_config,
             precision=precision,
             attention=prepared.attention,
             trust_remote_code=settings.model.trust_remote_code,
@@ -187,7 +189,7 @@ def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
             sharded_weights.load_sharded(model, files, comm.rank())
             return model
         report(f"weights: read whole by rank zero, since {reason}")
-    return load.load_pretrained(settings.model, prepared.data.model_config, precision=precision, attention=prepared.attention)
+    return load.load_pretrained(settings.model, prepared.model_config, precision=precision, attention=prepared.attention)
 
 
 def arranged_windows(prepared: Prepared, engine: Engine, state: TrainState, report: Report) -> Windows[ModelBatch]:

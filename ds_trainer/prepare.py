@@ -18,6 +18,7 @@ from ds_trainer.data.prepare import judge
 from ds_trainer.data.rows import TokenRows
 from ds_trainer.data.store import TokenStore, where
 from ds_trainer.errors import DataError
+from ds_trainer.model.load import load_config
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data
 
 REPORT = "data_report.json"
@@ -45,6 +46,7 @@ def prepare(resolved: Resolved, console: Console, *, world_size: int, show: int,
         data = prepare_run_data(
             resolved,
             batch,
+            load_config(resolved.settings.model),
             lambda line: bar.console.print(line, markup=False),
             workers=workers,
             show=(lambda share, text: bar.update(task, completed=share, description=text)) if console.is_terminal else None,

@@ -19,6 +19,7 @@ from ds_trainer.data.order import Order, passes, steps_for
 from ds_trainer.data.order import total_rows as total_rows_of
 from ds_trainer.data.prepare import Show, prepare_rows
 from ds_trainer.data.rows import TokenRows
+from ds_trainer.data.sources import Report
 from ds_trainer.data.stream import StreamPlan, StreamWindows, plan_stream
 from ds_trainer.errors import DataError
 from ds_trainer.loop import Plan
@@ -27,7 +28,6 @@ from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.protocols import MicroBatch
 from ds_trainer.state import TrainState
 
-Report = Callable[[str], None]
 Batch = TypeVar("Batch")
 
 
@@ -36,7 +36,6 @@ class RunData:
     """What a run is fed."""
 
     tokenizer: Any
-    model_config: Any
     rows: TokenRows | None
     """The training data; None when it is streamed."""
     stream: StreamPlan | None
@@ -65,6 +64,7 @@ def cache_folder_of(settings: RunSettings) -> Path:
 def prepare_run_data(
     resolved: Resolved,
     batch: BatchPlan,
+    model_config: Any,
     report: Report,
     *,
     head_start: float = 0.0,
@@ -77,6 +77,7 @@ def prepare_run_data(
     Args:
         resolved: the settings in force.
         batch: a stream is divided by the global batch size.
+        model_config: the transformers config of the model.
         report: takes a line for the user.
         head_start: see `prepare_rows`.
         workers: see `prepare_rows`.
@@ -85,7 +86,6 @@ def prepare_run_data(
     """
     settings = resolved.settings
     tokenizer = load_tokenizer(settings.model)
-    model_config = load.load_config(settings.model)
     limits = partial(
         load.check_fit,
         model_config,
@@ -126,7 +126,7 @@ def prepare_run_data(
     held_out = rows_of(settings.evaluate.sources, "held-out data") if settings.evaluate else None
     largest = rows.max_token_id if rows else len(tokenizer) - 1
     limits(max_token_id=max(largest, held_out.max_token_id if held_out else 0))
-    return RunData(tokenizer=tokenizer, model_config=model_config, rows=rows, stream=stream, held_out=held_out)
+    return RunData(tokenizer=tokenizer, rows=rows, stream=stream, held_out=held_out)
 
 
 def plan_steps(resolved: Resolved, rows: TokenRows | None, batch: BatchPlan) -> Plan:

@@ -18,7 +18,6 @@ from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
 from ds_trainer.assemble import (
     Prepared,
-    Report,
     arranged_windows,
     build,
     evaluate_rows,
@@ -27,6 +26,7 @@ from ds_trainer.assemble import (
 )
 from ds_trainer.checkpoint import manager
 from ds_trainer.data.loader import Windows
+from ds_trainer.data.sources import Report
 from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import EXIT_REFUSED, RefusedError, ResumeError
 from ds_trainer.launch.detect import Launch
@@ -108,7 +108,7 @@ def require_agreement(prepared: Prepared) -> None:
     facts = {
         "settings": digest(resolved_as_json(prepared.resolved)),
         "engine config": digest(prepared.engine_config.config),
-        "model config": digest(prepared.data.model_config.to_dict()),
+        "model config": digest(prepared.model_config.to_dict()),
         "data": prepared.data.fingerprint,
         "torch": torch.__version__,
     }
@@ -201,7 +201,7 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "zero_stage": zero_stage(prepared.resolved),
         "precision": settings.train.precision,
         "optimizer": optimizer_name(prepared),
-        "model": digest({**prepared.data.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}),
+        "model": digest({**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}),
         "adapter": settings.adapter.model_dump(mode="json") if settings.adapter else None,
         "global_batch_size": prepared.plan.global_batch_size,
         "seed": settings.train.seed,

@@ -189,6 +189,11 @@ def recipes_of(
     ]
 
 
+def overlong_of(data: DataSection, stage: Stage) -> Overlong:
+    """What happens to a sample longer than a row: as the run file says, or by default of the stage."""
+    return data.overlong or ("split" if stage == "pretrain" else "truncate")
+
+
 def _content_of(source: FoundSource) -> list[Path]:
     """All files that decide what a source holds; of a corpus of tokens, the tokens too."""
     if source.kind != "tokens":
@@ -383,7 +388,7 @@ def _prepare_pool(
     report: Report,
     head_start: float,
 ) -> Pool:
-    overlong: Overlong = data.overlong or ("split" if stage == "pretrain" else "truncate")
+    overlong = overlong_of(data, stage)
     settings = {"seq_len": seq_len, "packing": data.packing, "overlong": overlong}
     key = fingerprint({"version": ROWS_VERSION, "tokens": [store.folder.name for store in stores]} | settings)
     folder = cache_folder / f"rows_{key}"

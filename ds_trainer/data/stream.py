@@ -25,7 +25,7 @@ from ds_trainer.data.chunks import Chunk, TokenizedChunk
 from ds_trainer.data.loader import Windows
 from ds_trainer.data.order import turn_at
 from ds_trainer.data.pack import Overlong, one_row_each, pack
-from ds_trainer.data.prepare import Tally, judge, recipes_of
+from ds_trainer.data.prepare import Tally, judge, overlong_of, recipes_of
 from ds_trainer.data.readers import read_chunks
 from ds_trainer.data.rows import Batch, Block
 from ds_trainer.data.sources import FoundSource, Report, Stage, find_sources
@@ -104,7 +104,7 @@ def plan_stream(
     described = describe_files([path for source in found for path in source.files], cache_folder / "files.json")
     largest = max(1, min(max(len(source.files), _bytes(source) // LANE_BYTES) for source in found))
     lanes = next(each for each in range(min(MAX_LANES, global_batch_size, largest), 0, -1) if global_batch_size % each == 0)
-    overlong: Overlong = data.overlong or ("split" if stage == "pretrain" else "truncate")
+    overlong = overlong_of(data, stage)
     files = "1 file" if len(described) == 1 else f"{len(described):,} files"
     report(f"streaming {files} of {sum(each['bytes'] for each in described) / 2**20:,.0f} MiB, lanes: {lanes}")
     return StreamPlan(
