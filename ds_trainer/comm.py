@@ -17,6 +17,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+HOST = "host"
+"""The group of the main threads, without the device."""
+BACKGROUND = "background"
+"""The group of the threads that write checkpoints."""
+_groups: dict[str, Any] = {}
+
 
 def device_of(local_rank: int) -> torch.device:
     """The device this rank computes on: its GPU where there is one, else the CPU.
@@ -37,15 +43,19 @@ def process_group(device: torch.device, *, rank: int, world_size: int, timeout_s
 
     After an error the group is left as it is: ending it would wait for ranks that may be gone.
     """
+    limit = datetime.timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=rank,
         world_size=world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=limit,
     )
+    # Two more groups, on the host: one for what the main threads agree on, one for the threads that write checkpoints.
+    _groups.update({name: dist.new_group(backend="gloo", timeout=limit) for name in (HOST, BACKGROUND)})
     yield
+    _groups.clear()
     dist.destroy_process_group()
 
 
@@ -67,12 +77,26 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def gather_objects(value: T) -> list[T]:
-    """Collective. One small object of each rank, by rank, on every rank."""
+def largest(value: int) -> int:
+    """Collective. The largest of the ranks' integers; the device is not waited for."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor([value])
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_groups.get(HOST))
+    return int(box)
+
+
+def gather_objects(value: T, group: str | None = None) -> list[T]:
+    """Collective. One small object of each rank, by rank, on every rank.
+
+    Args:
+        value: anything that can be pickled.
+        group: HOST or BACKGROUND; by default the group that trains.
+    """
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_groups.get(group or ""))
     return gathered
 
 

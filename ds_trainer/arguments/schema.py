@@ -155,8 +155,16 @@ class TrainSection(Section):
     """Type of weights and activations in forward and backward; the optimizer keeps fp32 master weights."""
     seed: NonNegativeInt = 0
     """Decides initial weights, the order of the data and dropout."""
-    collective_timeout_seconds: PositiveInt = 600
-    """A collective that waits longer than this ends the run instead of hanging."""
+    max_seconds: PositiveInt | None = None
+    """Stop after so much wall-clock time as a signal would: at a step's end, with a checkpoint, to be started again."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """What follows gradients that are not finite: leave the weights alone and go on, or end the run."""
+    max_skipped_steps: NonNegativeInt = 20
+    """Steps in a row that `skip` lets pass; one more ends the run."""
+    hang_timeout_seconds: PositiveInt = 600
+    """A rank without progress for so long writes down where it is and ends the run. Longer than the longest micro-step."""
+    collective_timeout_seconds: PositiveInt = 900
+    """A collective that waits longer than this ends the run. Longer than `hang_timeout_seconds`, which can say more."""
 
 
 class EvaluateSection(Section):
@@ -187,7 +195,17 @@ class CheckpointSection(Section):
     every_steps: PositiveInt | None = None
     """Save after every so many optimizer steps; always at the end."""
     keep_last: PositiveInt = 2
-    """Complete checkpoints that are kept; older ones are removed after a new one is complete."""
+    """Newest checkpoints that are kept; what no other setting keeps is removed after a new one is complete."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints of these steps are kept for good."""
+    keep_best: NonNegativeInt = 0
+    """Checkpoints with the lowest held-out loss that are kept too; needs `evaluate`."""
+    max_gib: Annotated[float, Field(gt=0.0)] | None = None
+    """What all checkpoints may take on the disk, in GiB: older ones go first, the newest one never."""
+    background: bool = True
+    """Write while training goes on, from a copy of the state in host memory; `false` waits for the disk instead."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What follows a checkpoint that could not be written: end the run, or train on and try again when the next is due."""
     resume: NonEmptyText = "auto"
     """`auto` continues from the newest complete checkpoint if there is one; `never` starts anew; or a checkpoint's path."""
 

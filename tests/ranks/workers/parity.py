@@ -6,6 +6,7 @@ in one plain torch process.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -103,8 +104,6 @@ def run(stage: int, accumulation: int) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    import os
-
     device = torch.device("cpu")
     ranks = int(os.environ["WORLD_SIZE"])
     prepare_deepspeed(device, ranks)
@@ -118,3 +117,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # the interpreter's own end aborts now and then with torch's threads, see `cli._leave`
