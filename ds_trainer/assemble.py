@@ -120,10 +120,6 @@ def summary(prepared: Prepared) -> list[str]:
         f"length: {length_of(plan, prepared.data)}",
         f"attention: {prepared.attention}; rows {'packed' if settings.data.packing else 'padded'} to {settings.data.seq_len}",
     ]
-    if offload["offload_optimizer"] == "nvme":
-        lines.append(
-            "NOT RESUMABLE: DeepSpeed restores an optimizer on nvme wrongly; checkpoints of this run can be exported only"
-        )
     return lines
 
 

@@ -13,10 +13,10 @@ from ds_trainer.arguments.constraints import DTYPES
 from ds_trainer.arguments.schema import RunSettings
 from ds_trainer.checkpoint import layout, manager
 from ds_trainer.checkpoint.manager import Found
+from ds_trainer.checkpoint.slices import SliceReader
 from ds_trainer.data.loader import evaluation_batches
 from ds_trainer.data.prepare import prepare_rows
 from ds_trainer.data.render import effective_chat_template
-from ds_trainer.engine.consolidate import consolidated
 from ds_trainer.errors import CheckpointError, ModelError, RefusedError
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_lora
@@ -99,8 +99,8 @@ def choose(run: Path, checkpoint: str | None, report: Report) -> Found:
     names = ", ".join(path.name for path in complete)
     if checkpoint is not None and checkpoint not in [path.name for path in complete]:
         raise RefusedError(f"--checkpoint {checkpoint}: no such checkpoint in {folder}. There are {names}.")
-    found = manager.find(folder, str(folder / checkpoint) if checkpoint else "auto", report, has_history=True)
-    assert found is not None  # has_history makes an unusable folder an error
+    found = manager.find(folder, str(folder / checkpoint) if checkpoint else "auto", report, was_saved=True)
+    assert found is not None  # was_saved makes an unusable folder an error
     return found
 
 
@@ -110,7 +110,6 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
     Raises:
         ModelError: weights are missing in the checkpoint, or do not fit.
     """
-    trained = consolidated(found.path.parent, found.path.name, excluded_frozen=settings.adapter is not None)
     config = load.load_config(settings.model)
     if settings.adapter is None:
         model: Any = load.build_model(
@@ -127,11 +126,17 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
     )
     if settings.adapter is not None:
         model = add_lora(model, settings.adapter.lora, settings.train.seed)
-    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    empty = [name for name in wanted & trained.keys() if trained[name].numel() == 0]
-    if missing := sorted(wanted - trained.keys()) + empty:
-        raise ModelError(f"{found.path}: {len(missing)} trained weights are missing, for example {missing[0]}.")
-    model.load_state_dict(trained, strict=False)
+    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if misfits := [name for name, parameter in wanted.items() if reader.numel(name, "fp32") != parameter.numel()]:
+        raise ModelError(
+            f"{found.path}: {len(misfits)} trained weights are missing or of another size, for example {misfits[0]}."
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            reader.read(name, "fp32", 0, parameter.view(-1))
+        for name, value in model.named_buffers():
+            reader.read(name, "buffer", 0, value.view(-1))
     model.config.use_cache = True
     return model.eval()
 

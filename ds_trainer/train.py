@@ -7,13 +7,14 @@ import json
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from ds_trainer import comm, loop
-from ds_trainer.arguments.engine_config import offload_device, zero_stage
+from ds_trainer.arguments.engine_config import offload_device, written_optimizer, zero_stage
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
 from ds_trainer.assemble import (
@@ -21,14 +22,16 @@ from ds_trainer.assemble import (
     arranged_windows,
     build,
     evaluate_rows,
-    optimizer_name,
     prepare,
 )
 from ds_trainer.checkpoint import manager
+from ds_trainer.checkpoint.keep import Keep
+from ds_trainer.checkpoint.saver import Saved, Saver
+from ds_trainer.checkpoint.slices import SliceReader
 from ds_trainer.data.loader import Windows
 from ds_trainer.data.sources import Report
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import EXIT_REFUSED, RefusedError, ResumeError
+from ds_trainer.errors import EXIT_REFUSED, CheckpointError, RefusedError, ResumeError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
@@ -75,6 +78,14 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:
             write_down(prepared, folder)
+        checkpoint = resolved.settings.checkpoint
+        keep = Keep(
+            last=checkpoint.keep_last,
+            every_steps=checkpoint.keep_every_steps,
+            best=checkpoint.keep_best,
+            max_bytes=None if checkpoint.max_gib is None else int(checkpoint.max_gib * 2**30),
+        )
+        saver = Saver(folder.checkpoints, keep, background=checkpoint.background)
         windows = arranged_windows(prepared, engine, state, progress.say)
         recorder = Recorder(
             folder,
@@ -92,8 +103,9 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
                 state,
                 prepared.plan,
                 recorder,
-                after_step=partial(evaluate_and_save, prepared, engine, folder, recorder, windows),
+                after_step=partial(evaluate_and_save, prepared, engine, recorder, windows, saver),
             )
+        take_in(saver.wait, checkpoint.on_failure, recorder)  # where the data ended before max_steps
         windows.close()
         engine.close()
     return state
@@ -153,9 +165,11 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
     if comm.rank() == 0:
         for name in manager.remove_leftovers(folder.checkpoints):
             report(f"removed {name}, which a killed start left unfinished")
-    found = manager.find(folder.checkpoints, settings.checkpoint.resume, report, has_history=folder.metrics.exists())
+    found = manager.find(folder.checkpoints, settings.checkpoint.resume, report, was_saved=folder.has_saved())
     if found is None:
         set_aside(folder, 0, report)
+        if comm.rank() == 0:
+            folder.event("started_anew")
         return TrainState()
     written, ours = found.manifest["run"], run_identity(prepared)
     for name, value in ours.items():
@@ -164,12 +178,9 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
                 f"{found.path} cannot be continued: it has {name} = {written.get(name)}, this run has {value}. "
                 f"Start with the settings it was saved with, or start anew with --resume never.{_WHY_PART.get(name, '')}"
             )
-    if offload_device(prepared.resolved, "offload_optimizer") == "nvme":
-        raise ResumeError(
-            f"{found.path} cannot be continued: DeepSpeed restores an optimizer on nvme wrongly and says nothing. "
-            "Export it and start a new run from the export, or start anew with --resume never."
-        )
-    engine.load(found.path.parent, found.path.name, excluded_frozen=settings.adapter is not None)
+    rest = found.manifest["engine"]
+    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
+    engine.restore(reader.read, rest)
     state = TrainState.from_json(found.manifest["state"])
     probe = found.manifest["probe"]
     loss, _ = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])
@@ -179,7 +190,9 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
             "it. Were the base model or the held-out data changed? Start anew with --resume never."
         )
     set_aside(folder, state.step, report)
-    report(f"RESUMING from {found.path}: step {state.step}, {state.rows_consumed} rows consumed")
+    then, now = found.manifest["layout"], engine_layout(prepared)
+    moved = "" if then == now else f"; saved on {layout_in_words(then)}, laid out anew for {layout_in_words(now)}"
+    report(f"RESUMING from {found.path}: step {state.step}, {state.rows_consumed} rows consumed{moved}")
     if comm.rank() == 0:
         folder.event("resumed", path=str(found.path), step=state.step)
     return state
@@ -197,10 +210,8 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
     """What a checkpoint and the run that continues it must have in common."""
     settings = prepared.resolved.settings
     return {
-        "ranks": prepared.launch.world_size,
-        "zero_stage": zero_stage(prepared.resolved),
         "precision": settings.train.precision,
-        "optimizer": optimizer_name(prepared),
+        "optimizer": written_optimizer(prepared.resolved),
         "model": digest({**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}),
         "adapter": settings.adapter.model_dump(mode="json") if settings.adapter else None,
         "global_batch_size": prepared.plan.global_batch_size,
@@ -210,6 +221,21 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "rows": prepared.data.rows.num_rows if prepared.data.rows else None,
         "seq_len": settings.data.seq_len,
     }
+
+
+def engine_layout(prepared: Prepared) -> dict[str, Any]:
+    """How the engine lays the state out; a run may be continued with another."""
+    return {
+        "ranks": prepared.launch.world_size,
+        "zero_stage": zero_stage(prepared.resolved),
+        "optimizer_on": offload_device(prepared.resolved, "offload_optimizer"),
+    }
+
+
+def layout_in_words(layout: dict[str, Any]) -> str:
+    """Such as "2 ranks, ZeRO-3, optimizer on cpu"."""
+    where = "" if layout["optimizer_on"] == "none" else f", optimizer on {layout['optimizer_on']}"
+    return f"{layout['ranks']} {'rank' if layout['ranks'] == 1 else 'ranks'}, ZeRO-{layout['zero_stage']}{where}"
 
 
 def optimization(prepared: Prepared) -> dict[str, Any]:
@@ -223,31 +249,71 @@ def optimization(prepared: Prepared) -> dict[str, Any]:
 
 
 def evaluate_and_save(
-    prepared: Prepared, engine: Engine, folder: RunFolder, recorder: Recorder, windows: Windows[ModelBatch], state: TrainState
+    prepared: Prepared,
+    engine: Engine,
+    recorder: Recorder,
+    windows: Windows[ModelBatch],
+    saver: Saver,
+    state: TrainState,
 ) -> None:
-    """Evaluate and save when the step is due for it. Collective."""
+    """Evaluate and save when the step is due for it, and take in what was saved meanwhile. Collective."""
     settings = prepared.resolved.settings
     is_last = state.step == prepared.plan.max_steps
+    held_out_loss = None
     if settings.evaluate and prepared.data.held_out and (is_last or is_due(state.step, settings.evaluate.every_steps)):
-        loss, num_targets = evaluate_rows(prepared, engine, prepared.data.held_out, settings.evaluate.max_rows)
-        recorder.evaluation(step=state.step, loss=loss, num_targets=num_targets)
+        held_out_loss, num_targets = evaluate_rows(prepared, engine, prepared.data.held_out, settings.evaluate.max_rows)
+        recorder.evaluation(step=state.step, loss=held_out_loss, num_targets=num_targets)
     if is_last or is_due(state.step, settings.checkpoint.every_steps):
-        loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
-        frozen = settings.adapter is not None
-        lanes = {name: cursor for each in comm.gather_objects(windows.cursors) for name, cursor in each.items()}
-        path = manager.save(
-            folder.checkpoints,
-            state.step,
-            lambda where, name: engine.save(where, name, exclude_frozen=frozen),
-            {
-                "state": {**state.to_json(), "stream": lanes},
-                "run": run_identity(prepared),
-                "probe": {"rows": PROBE_ROWS, "loss": loss, "num_targets": num_targets},
-                "settings": settings.model_dump(mode="json"),
-            },
-            keep_last=settings.checkpoint.keep_last,
-        )
-        recorder.saved(step=state.step, path=str(path))
+        save(prepared, engine, recorder, windows, saver, state, held_out_loss)
+    take_in(saver.wait if is_last else saver.poll, settings.checkpoint.on_failure, recorder)
+
+
+def save(
+    prepared: Prepared,
+    engine: Engine,
+    recorder: Recorder,
+    windows: Windows[ModelBatch],
+    saver: Saver,
+    state: TrainState,
+    held_out_loss: float | None,
+) -> None:
+    """Begin to write a checkpoint of this step; the one before it is complete then. Collective."""
+    settings = prepared.resolved.settings
+    take_in(saver.wait, settings.checkpoint.on_failure, recorder)
+    loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
+    lanes = {name: cursor for each in comm.gather_objects(windows.cursors) for name, cursor in each.items()}
+    slices, rest = engine.snapshot(copy=saver.background)
+    saver.start(
+        state.step,
+        slices,
+        {
+            "state": {**state.to_json(), "stream": lanes},
+            "run": run_identity(prepared),
+            "layout": engine_layout(prepared),
+            "engine": rest,
+            "probe": {"rows": PROBE_ROWS, "loss": loss, "num_targets": num_targets},
+            "held_out_loss": held_out_loss,
+            "settings": settings.model_dump(mode="json"),
+        },
+    )
+    recorder.stopped_for_save()
+
+
+def take_in(ask: Callable[[], Saved | None], on_failure: str, recorder: Recorder) -> None:
+    """Say what became of the checkpoint that was being written.
+
+    Raises:
+        CheckpointError: it could not be written, and the run shall end then.
+    """
+    try:
+        saved = ask()
+    except CheckpointError as error:
+        if on_failure == "stop":
+            raise
+        recorder.not_saved(str(error))
+    else:
+        if saved is not None:
+            recorder.saved(step=saved.step, path=str(saved.path), num_bytes=saved.num_bytes, seconds=saved.seconds)
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

@@ -91,6 +91,12 @@ def optimizer_kind(resolved: Resolved, device_type: str) -> OptimizerKind:
     return "fused_adam" if device_type == "cuda" else "torch_adamw"
 
 
+def written_optimizer(resolved: Resolved) -> str:
+    """Which optimizer it is, whoever implements it: AdamW, or what the DeepSpeed JSON names."""
+    written = resolved.deepspeed.find("optimizer.type")
+    return "AdamW" if written is None or optimizer_kind(resolved, "cpu") != "deepspeed" else str(written.value)
+
+
 def uses_deepspeed_scheduler(resolved: Resolved) -> bool:
     """Whether DeepSpeed builds the schedule from a block `scheduler`; otherwise it is ours."""
     return resolved.deepspeed.find("scheduler") is not None

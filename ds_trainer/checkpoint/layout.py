@@ -1,10 +1,10 @@
 """What a checkpoint looks like on disk, and whether it is complete.
 
     checkpoints/
-      latest                      name of the newest complete checkpoint: the text file DeepSpeed expects
+      latest                      name of the newest complete checkpoint
       step_00000100/              complete: only a finished one ever gets this name
         manifest.json             state of the run, and size and SHA-256 of every other file
-        ...                       DeepSpeed's files
+        rank_00000.safetensors    what each rank held of weights and optimizer states
       .partial-step_00000200/     being written, or left by a killed run: never read
       aside_1_step_00000300/      beyond the step a later start went on from: damaged or abandoned, never read
 
@@ -25,9 +25,10 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial-"
 REMOVED = ".removed-"
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest; a later program reads older ones or refuses them by this number."""
 
+_OWN_HASH = "sha256_of_the_rest"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -57,11 +58,6 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith((PARTIAL, REMOVED)))
 
 
-def data_files(checkpoint: Path) -> list[Path]:
-    """Every file of a checkpoint but the manifest, in a fixed order."""
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST)
-
-
 def digest(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
@@ -70,13 +66,28 @@ def digest(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
-    """Write the manifest and everything above it through to the disk."""
+    """Write the manifest, with a hash of itself, and everything above it through to the disk."""
     path = checkpoint / MANIFEST
     with path.open("w", encoding="utf-8") as file:
-        json.dump(fields, file, indent=1)
+        json.dump({**fields, _OWN_HASH: _hash_of(fields)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     fsync_folder(checkpoint)
+
+
+def _hash_of(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def write_latest(folder: Path, name: str) -> None:
+    """Name the newest checkpoint in `latest`, for people and other programs; this one never relies on it."""
+    temporary = folder / f".{LATEST}"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(name)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / LATEST)
+    fsync_folder(folder)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -92,7 +103,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"its manifest.json cannot be read ({error})") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise ValueError("its manifest.json is of another format")
+        raise ValueError(f"its manifest.json is not of format {FORMAT}, the one this version reads")
+    if fields.pop(_OWN_HASH, None) != _hash_of(fields):
+        raise ValueError("its manifest.json does not have the content that was written")
     return fields
 
 
@@ -113,12 +126,6 @@ def damage(checkpoint: Path, files: Iterable[str], expected: dict[str, Any]) -> 
         if digest(path)["sha256"] != expected[name]["sha256"]:
             return f"{name} does not have the content that was written"
     return None
-
-
-def fsync_file(path: Path) -> None:
-    """Write a file through to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ds_trainer.errors import CheckpointError
+from ds_trainer.engine import state
 from ds_trainer.protocols import ModelBatch
 
 Objective = Callable[[Callable[..., Tensor], ModelBatch], Tensor]
@@ -97,30 +96,13 @@ class Engine:
         """Switch dropout and the like on for training, off for evaluation."""
         self._engine.train(on)
 
-    def save(self, folder: Path, tag: str, *, exclude_frozen: bool) -> None:
-        """Write model and optimizer states into folder/tag.
+    def snapshot(self, *, copy: bool) -> tuple[dict[tuple[str, str, int], Tensor], dict[str, Any]]:
+        """This rank's part of the training state, between two steps; see `engine.state`."""
+        return state.snapshot(self._engine, copy=copy)
 
-        Args:
-            folder: where `latest` would be; it is not written.
-            tag: name of the checkpoint's folder.
-            exclude_frozen: leave out weights that are not trained.
-
-        Raises:
-            CheckpointError: DeepSpeed reported that it did not save.
-        """
-        done = self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=exclude_frozen)
-        if done is False:
-            raise CheckpointError(f"DeepSpeed did not write {folder / tag}; this rank's log has its reason.")
-
-    def load(self, folder: Path, tag: str, *, excluded_frozen: bool) -> None:
-        """Take over the states that `save` wrote, with the same number of ranks and at the same ZeRO stage.
-
-        Raises:
-            CheckpointError: DeepSpeed found nothing to load.
-        """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not excluded_frozen)
-        if path is None:
-            raise CheckpointError(f"DeepSpeed found no checkpoint in {folder / tag}.")
+    def restore(self, read: state.ReadSlice, rest: dict[str, Any]) -> None:
+        """Take over a saved state, whatever the stage, ranks and offload it was saved at; before the first step."""
+        state.restore(self._engine, read, rest)
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """Hand (name, value, step) to DeepSpeed's monitors: TensorBoard, W&B, CSV, Comet, as configured."""

@@ -38,6 +38,7 @@ class Recorder:
         self.write_events = write_events
         self.data_waits = data_waits
         self._waited = 0.0
+        self._stall = 0.0
         self.last_loss: float | None = None
         self.skipped = 0
         self._watch = Stopwatch()
@@ -118,9 +119,19 @@ class Recorder:
             self.write_events([("evaluate/loss", loss, step)])
         self._watch.lap()
 
-    def saved(self, *, step: int, path: str) -> None:
+    def stopped_for_save(self) -> None:
+        """Take in how long training stood still for the checkpoint that is being written."""
+        self._stall = self._watch.lap()
+
+    def saved(self, *, step: int, path: str, num_bytes: int, seconds: float) -> None:
         """Take a complete checkpoint in."""
-        seconds = self._watch.lap()
         if comm.rank() == 0:
-            self.folder.event("saved", step=step, path=path, seconds=round(seconds, 3))
+            fields = {"bytes": num_bytes, "seconds": round(seconds, 3), "stall_seconds": round(self._stall, 3)}
+            self.folder.event("saved", step=step, path=path, **fields)
             self.progress.say(f"step {step}: saved {path}")
+
+    def not_saved(self, reason: str) -> None:
+        """Take in that a checkpoint could not be written, and that training goes on without it."""
+        if comm.rank() == 0:
+            self.folder.event("not_saved", reason=reason)
+            self.progress.say(f"NOT SAVED, training goes on (checkpoint.on_failure = continue): {reason}")

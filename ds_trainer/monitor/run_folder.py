@@ -104,6 +104,16 @@ class RunFolder:
         """Append a line to events.jsonl."""
         self._append("events.jsonl", {"time": now(), "event": kind, **fields})
 
+    def has_saved(self) -> bool:
+        """Whether this run has completed a checkpoint since it last started from nothing, by its own account."""
+        saved = False
+        with contextlib.suppress(FileNotFoundError), (self.path / "events.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):  # a line that a kill cut short
+                    kind = json.loads(line)["event"]
+                    saved = kind == "saved" or (saved and kind != "started_anew")
+        return saved
+
     def metric(self, fields: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         self._append(self.metrics.name, fields)

@@ -1,0 +1,184 @@
+"""Save so that a checkpoint either is complete or does not exist, while training goes on.
+
+The steps, and what a kill between any two of them leaves behind, are in docs/design/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ds_trainer import comm
+from ds_trainer.checkpoint import layout
+from ds_trainer.checkpoint.keep import Keep, Kept, to_remove
+from ds_trainer.checkpoint.slices import SliceKey, file_name, write_slices
+from ds_trainer.errors import CheckpointError
+
+T = TypeVar("T")
+
+FOLDER_APPEARS_SECONDS = 120.0
+"""How long a network file system may take to show a rank the folder that rank zero made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that was written."""
+
+    path: Path
+    step: int
+    num_bytes: int
+    """Of all files of all ranks."""
+    seconds: float
+    """From the first byte to the commit."""
+
+
+class Saver:
+    """Writes checkpoints of one run, at most one at a time. Every rank has one and calls the same methods."""
+
+    def __init__(self, folder: Path, keep: Keep, *, background: bool) -> None:
+        """Take the run's `checkpoints` folder, which all ranks see."""
+        self._folder = folder
+        self._keep = keep
+        self.background = background
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Saved] | None = None
+
+    def start(self, step: int, slices: Mapping[SliceKey, Tensor], fields: dict[str, Any]) -> None:
+        """Begin to write a checkpoint; without `background`, write it. Collective.
+
+        Call `wait` or `poll` first: while one is being written no other begins.
+
+        Args:
+            step: optimizer steps that are complete.
+            slices: this rank's part of the state, which nobody changes while it is written.
+            fields: what the manifest says besides the files; rank zero's are written.
+        """
+        assert self._writing is None
+        self._writing = self._thread.submit(write_checkpoint, self._folder, step, slices, fields, self._keep)
+        if not self.background:
+            self._writing.exception()
+
+    def poll(self) -> Saved | None:
+        """The checkpoint that became complete since the last call, if one did.
+
+        Raises:
+            CheckpointError: it could not be written; nothing with a finished checkpoint's name is left behind.
+        """
+        return self.wait() if self._writing is not None and self._writing.done() else None
+
+    def wait(self) -> Saved | None:
+        """As `poll`, but waits for the one that is being written."""
+        writing, self._writing = self._writing, None
+        return writing.result() if writing is not None else None
+
+
+def write_checkpoint(folder: Path, step: int, slices: Mapping[SliceKey, Tensor], fields: dict[str, Any], keep: Keep) -> Saved:
+    """Write a checkpoint, make it the newest and remove what is not kept. Collective, on the BACKGROUND group.
+
+    Raises:
+        CheckpointError: on every rank, when one could not write.
+    """
+    started = time.monotonic()
+    name = layout.checkpoint_name(step)
+    final, partial = folder / name, folder / f"{layout.PARTIAL}{name}"
+    num_bytes = sum(comm.gather_objects(sum(each.nbytes for each in slices.values()), comm.BACKGROUND))
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove([partial])
+        if (free := shutil.disk_usage(folder).free) < num_bytes:
+            raise CheckpointError(f"it takes {num_bytes / 2**30:.3f} GiB and {free / 2**30:.3f} GiB are free")
+        partial.mkdir()
+        layout.fsync_folder(folder)
+
+    def write() -> tuple[str, dict[str, Any]]:
+        _wait_for(partial)
+        path = partial / file_name(comm.rank())
+        return path.name, write_slices(path, slices)
+
+    def commit() -> None:
+        manifest = {"format": layout.FORMAT, "step": step, **fields, "files": dict(sorted(files))}
+        layout.write_manifest(partial, manifest)
+        remove([final])  # it exists when a run that was resumed from an older step passes here again
+        partial.rename(final)
+        layout.fsync_folder(folder)
+        layout.write_latest(folder, name)
+        remove([folder / layout.checkpoint_name(each) for each in to_remove(kept(folder), keep)])
+
+    only_zero = comm.rank() == 0
+    _all_or_none(begin if only_zero else None, folder, partial)
+    files = [each for each in _all_or_none(write, folder, partial) if each is not None]
+    _all_or_none(commit if only_zero else None, folder, partial)
+    return Saved(final, step, num_bytes, time.monotonic() - started)
+
+
+def kept(folder: Path) -> list[Kept]:
+    """What the choice of the checkpoints to remove needs to know of each that is complete."""
+    found = []
+    for path in layout.complete_checkpoints(folder):
+        try:
+            manifest = layout.read_manifest(path)
+        except ValueError:
+            continue  # damaged: the next start says so and sets it aside
+        num_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
+        found.append(Kept(manifest["step"], manifest.get("held_out_loss"), num_bytes))
+    return found
+
+
+def remove(checkpoints: list[Path]) -> None:
+    """Remove checkpoints so that a half-removed one is never taken for a complete one."""
+    for path in checkpoints:
+        if path.exists():
+            doomed = path.parent / f"{layout.REMOVED}{path.name.removeprefix(layout.PARTIAL)}"
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _wait_for(folder: Path) -> None:
+    deadline = time.monotonic() + FOLDER_APPEARS_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"rank zero made {folder}, and this host does not see it. Put checkpoint.folder on a file system that all "
+                "hosts share"
+            )
+        time.sleep(0.1)
+
+
+def _all_or_none(action: Callable[[], T] | None, folder: Path, partial: Path) -> list[T | None]:
+    """Do something on this rank; if it failed on any, raise on all. Collective, on the BACKGROUND group.
+
+    Returns:
+        What it returned on each rank, by rank.
+    """
+    result, problem = None, None
+    try:
+        if action is not None:
+            result = action()
+    except (OSError, CheckpointError) as error:
+        problem = f"{error.strerror}: {error.filename or folder}" if isinstance(error, OSError) else str(error)
+    everyone = comm.gather_objects((result, problem), comm.BACKGROUND)
+    failed = [(rank, text) for rank, (_, text) in enumerate(everyone) if text is not None]
+    if failed:
+        raise _not_written(*failed[0], folder, partial)
+    return [each for each, _ in everyone]
+
+
+def _not_written(rank: int, text: str, folder: Path, partial: Path) -> CheckpointError:
+    """What to say about a failed save. Removes what was written of it."""
+    if comm.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    complete = layout.complete_checkpoints(folder)
+    return CheckpointError(
+        f"the checkpoint {partial.name.removeprefix(layout.PARTIAL)} could not be written in {folder} (rank {rank}: {text}). "
+        + (f"{complete[-1].name} is complete and kept." if complete else "There is no earlier checkpoint.")
+        + " Free space or move checkpoint.folder to a larger disk, and start the same command again."
+    )
