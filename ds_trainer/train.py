@@ -313,7 +313,9 @@ def take_in(ask: Callable[[], Saved | None], on_failure: str, recorder: Recorder
         recorder.not_saved(str(error))
     else:
         if saved is not None:
-            recorder.saved(step=saved.step, path=str(saved.path), num_bytes=saved.num_bytes, seconds=saved.seconds)
+            recorder.saved(
+                step=saved.step, path=str(saved.path), num_bytes=saved.num_bytes, seconds=saved.seconds, untidy=saved.untidy
+            )
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ds_trainer import faults
+
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial-"
@@ -71,6 +73,7 @@ def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump({**fields, _OWN_HASH: _hash_of(fields)}, file, indent=1)
         file.flush()
+        faults.point("save_manifest_written")
         os.fsync(file.fileno())
     fsync_folder(checkpoint)
 
@@ -86,6 +89,7 @@ def write_latest(folder: Path, name: str) -> None:
         file.write(name)
         file.flush()
         os.fsync(file.fileno())
+    faults.point("save_before_latest")
     temporary.replace(folder / LATEST)
     fsync_folder(folder)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ds_trainer import comm
+from ds_trainer import comm, faults
 from ds_trainer.checkpoint import layout
 from ds_trainer.checkpoint.keep import Keep, Kept, to_remove
 from ds_trainer.checkpoint.slices import SliceKey, file_name, write_slices
@@ -37,6 +37,8 @@ class Saved:
     """Of all files of all ranks."""
     seconds: float
     """From the first byte to the commit."""
+    untidy: str | None
+    """Why `latest` or the removal of older checkpoints failed, on rank zero."""
 
 
 class Saver:
@@ -91,32 +93,52 @@ def write_checkpoint(folder: Path, step: int, slices: Mapping[SliceKey, Tensor],
     num_bytes = sum(comm.gather_objects(sum(each.nbytes for each in slices.values()), comm.BACKGROUND))
 
     def begin() -> None:
+        faults.point("save_begin")
         folder.mkdir(parents=True, exist_ok=True)
         remove([partial])
         if (free := shutil.disk_usage(folder).free) < num_bytes:
             raise CheckpointError(f"it takes {num_bytes / 2**30:.3f} GiB and {free / 2**30:.3f} GiB are free")
         partial.mkdir()
         layout.fsync_folder(folder)
+        faults.point("save_folder_made")
 
     def write() -> tuple[str, dict[str, Any]]:
         _wait_for(partial)
         path = partial / file_name(comm.rank())
-        return path.name, write_slices(path, slices)
+        written = path.name, write_slices(path, slices)
+        faults.point("save_written")
+        return written
 
     def commit() -> None:
         manifest = {"format": layout.FORMAT, "step": step, **fields, "files": dict(sorted(files))}
+        faults.point("save_before_manifest")
         layout.write_manifest(partial, manifest)
         remove([final])  # it exists when a run that was resumed from an older step passes here again
+        faults.point("save_before_rename")
         partial.rename(final)
+        faults.point("save_renamed")
         layout.fsync_folder(folder)
-        layout.write_latest(folder, name)
-        remove([folder / layout.checkpoint_name(each) for each in to_remove(kept(folder), keep)])
 
     only_zero = comm.rank() == 0
     _all_or_none(begin if only_zero else None, folder, partial)
     files = [each for each in _all_or_none(write, folder, partial) if each is not None]
+    faults.point("save_voted")
     _all_or_none(commit if only_zero else None, folder, partial)
-    return Saved(final, step, num_bytes, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    untidy = _tidy(folder, name, keep) if only_zero else None
+    faults.point("save_done")
+    return Saved(final, step, num_bytes, seconds, untidy)
+
+
+def _tidy(folder: Path, name: str, keep: Keep) -> str | None:
+    """Let `latest` follow and remove what is not kept. Returns what went wrong: the checkpoint is complete all the same."""
+    try:
+        layout.write_latest(folder, name)
+        faults.point("save_before_prune")
+        remove([folder / layout.checkpoint_name(each) for each in to_remove(kept(folder), keep)])
+    except OSError as error:
+        return f"{error.strerror}: {error.filename}"
+    return None
 
 
 def kept(folder: Path) -> list[Kept]:
@@ -139,6 +161,7 @@ def remove(checkpoints: list[Path]) -> None:
             doomed = path.parent / f"{layout.REMOVED}{path.name.removeprefix(layout.PARTIAL)}"
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
+            faults.point("save_half_pruned")
             shutil.rmtree(doomed, ignore_errors=True)
 
 

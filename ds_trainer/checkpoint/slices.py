@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_trainer import faults
+
 SliceKey = tuple[str, str, int]
 """(parameter, kind, start): `kind` says what of the parameter, `start` where in its flattened elements the slice begins."""
 
@@ -56,7 +58,9 @@ def write_slices(path: Path, slices: Mapping[SliceKey, Tensor]) -> dict[str, Any
             hashed = hasher.submit(sha.update, chunk)
             file.write(chunk)
             hashed.result()
+            faults.point("save_half_written")
         file.flush()
+        faults.point("save_before_fsync")
         os.fsync(file.fileno())
         return {"bytes": file.tell(), "sha256": sha.hexdigest()}
 

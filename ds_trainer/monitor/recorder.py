@@ -123,12 +123,14 @@ class Recorder:
         """Take in how long training stood still for the checkpoint that is being written."""
         self._stall = self._watch.lap()
 
-    def saved(self, *, step: int, path: str, num_bytes: int, seconds: float) -> None:
+    def saved(self, *, step: int, path: str, num_bytes: int, seconds: float, untidy: str | None) -> None:
         """Take a complete checkpoint in."""
         if comm.rank() == 0:
             fields = {"bytes": num_bytes, "seconds": round(seconds, 3), "stall_seconds": round(self._stall, 3)}
             self.folder.event("saved", step=step, path=path, **fields)
             self.progress.say(f"step {step}: saved {path}")
+            if untidy is not None:
+                self.progress.say(f"what is older than {path} could not be tidied up: {untidy}")
 
     def not_saved(self, reason: str) -> None:
         """Take in that a checkpoint could not be written, and that training goes on without it."""

@@ -33,7 +33,7 @@ def test_a_start_takes_the_newest_whole_checkpoint_of_its_own_run_or_refuses(run
     def copy(name: str, *damaged: int, remove: str = "") -> str:
         shutil.copytree(tmp_path / "base", tmp_path / name)
         for step in damaged:
-            flip_a_byte(next((tmp_path / name / "checkpoints" / f"step_{step:08d}").glob("*optim_states.pt")))
+            flip_a_byte(next((tmp_path / name / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")))
         if remove:
             (tmp_path / name / "checkpoints" / remove).unlink()
         return f"checkpoint.folder={tmp_path / name}"
@@ -79,11 +79,11 @@ def test_a_start_takes_the_newest_whole_checkpoint_of_its_own_run_or_refuses(run
             assert each in said
 
     def done(name: str, *words: str) -> None:
-        assert shown[name].codes == [0], shown[name].text
+        assert set(shown[name].codes) == {0}, shown[name].text
         for each in words:
             assert each in shown[name].text
 
-    passed_over = "step_00000004 is passed over: it zero_pp_rank_0_mp_rank_00_optim_states.pt does not have the content"
+    passed_over = "step_00000004 is passed over: it rank_00000.safetensors does not have the content"
     done(
         "flipped", passed_over, "flipped/checkpoints/step_00000002: step 2, 8 rows consumed", "renamed to aside_1_step_00000004"
     )
@@ -91,14 +91,14 @@ def test_a_start_takes_the_newest_whole_checkpoint_of_its_own_run_or_refuses(run
     assert [line["step"] for line in metrics(tmp_path / "flipped")] == [1, 2, 3, 4, 3, 4]
     assert metrics(tmp_path / "flipped")[-1]["loss"] == metrics(tmp_path / "flipped")[3]["loss"]
     done("flipped_export", passed_over, "(step 2) in fp32")
-    refused("all_flipped", "holds no usable checkpoint", "step_00000002 zero_pp", "--resume never")
+    refused("all_flipped", "holds no usable checkpoint", "step_00000002 rank_00000.safetensors", "--resume never")
     done("no_manifest", "step_00000004 is passed over: it has no manifest.json", "step 2, 8 rows consumed")
 
     refused("other_seed", "step_00000004 cannot be continued: it has seed = 0, this run has 7", "--resume never")
     refused("other_rate", "it has learning_rate = 0.01, this run has 0.02")
     kept = json.loads((tmp_path / "other_rate" / "resolved.json").read_text())
     assert kept["train.learning_rate"]["value"] == 0.01, "a refused start must not rewrite what the run is"
-    refused("other_ranks", "it has ranks = 1, this run has 2")
+    done("other_ranks", "saved on 1 rank, ZeRO-2, laid out anew for 2 ranks, ZeRO-2")
     refused("other_model", "it has model = ", ", this run has ")
     assert names(tmp_path / "other_seed") == ["step_00000002", "step_00000004"]
     done("never", "step_00000002 does not belong to what is trained from here on", "done: 2 steps")
@@ -125,7 +125,7 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small disk needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     yield folder
@@ -140,7 +140,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_when_there
     assert full.codes == [1, 1], full.text
     said = " ".join(full.text.split())
     assert said.count("the checkpoint step_00000004 could not be written in") == 1, full.text
-    for words in ("the disk is full", "step_00000002 is complete and kept", "Free space", "goes on from step 2"):
+    for words in ("GiB are free", "step_00000002 is complete and kept", "Free space", "goes on from step 2"):
         assert words in said
     assert "Traceback (most" not in full.text
     assert names(run) == ["step_00000002"]

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from ds_trainer.checkpoint import layout, manager
+from ds_trainer import faults
+from ds_trainer.checkpoint import layout, manager, saver
+from ds_trainer.checkpoint.keep import Keep
+from ds_trainer.checkpoint.saver import Saver, write_checkpoint
 from ds_trainer.errors import CheckpointError, ResumeError
 
-
-def write(folder: Path, name: str) -> None:
-    (folder / name / "part.bin").write_bytes(b"weights of " + name.encode())
-    (folder / name / "inner").mkdir()
-    (folder / name / "inner" / "more.bin").write_bytes(b"x" * 1000)
+PART = "rank_00000.safetensors"
+STATE = {("layer.weight", "fp32", 0): torch.arange(1000.0), ("layer.weight", "exp_avg", 0): torch.ones(1000)}
 
 
-def save(folder: Path, step: int, keep_last: int = 5) -> Path:
-    return manager.save(folder, step, write, {"state": {"step": step}}, keep_last=keep_last)
+def save(folder: Path, step: int, keep_last: int = 5, **fields: object) -> Path:
+    return write_checkpoint(folder, step, STATE, {"state": {"step": step}, **fields}, Keep(last=keep_last)).path
 
 
-def find(folder: Path, resume: str = "auto", *, history: bool = True) -> tuple[manager.Found | None, list[str]]:
+def find(folder: Path, resume: str = "auto", *, saved: bool = True) -> tuple[manager.Found | None, list[str]]:
     told: list[str] = []
-    return manager.find(folder, resume, told.append, has_history=history), told
+    return manager.find(folder, resume, told.append, was_saved=saved), told
 
 
 def test_a_saved_checkpoint_is_found_with_its_fields(tmp_path):
@@ -33,7 +35,7 @@ def test_a_saved_checkpoint_is_found_with_its_fields(tmp_path):
     found, told = find(tmp_path)
     assert found.path == path
     assert found.manifest["state"] == {"step": 3}
-    assert set(found.manifest["files"]) == {"part.bin", "inner/more.bin"}
+    assert set(found.manifest["files"]) == {PART}
     assert told == []
 
 
@@ -44,6 +46,13 @@ def test_only_the_newest_are_kept(tmp_path):
     assert layout.leftovers(tmp_path) == []
 
 
+def test_a_damaged_checkpoint_is_not_counted_among_those_that_are_kept(tmp_path):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "manifest.json").write_text("{")
+    save(tmp_path, 3, keep_last=2)
+    assert [path.name for path in layout.complete_checkpoints(tmp_path)][::2] == ["step_00000001", "step_00000003"]
+
+
 @pytest.mark.parametrize("step", [99_999_999, 100_000_000])
 def test_order_is_by_step_and_not_by_name(tmp_path, step):
     save(tmp_path, 5)
@@ -51,30 +60,55 @@ def test_order_is_by_step_and_not_by_name(tmp_path, step):
     assert layout.complete_checkpoints(tmp_path)[-1].name == layout.checkpoint_name(step)
 
 
-def damage_by_flip(path: Path) -> None:
-    raw = bytearray((path / "part.bin").read_bytes())
-    raw[3] ^= 1
-    (path / "part.bin").write_bytes(raw)
+def damage_by_flip(path: Path, name: str = PART, at: int = -3) -> None:
+    raw = bytearray((path / name).read_bytes())
+    raw[at] ^= 1
+    (path / name).write_bytes(raw)
+
+
+def swap(path: Path) -> None:
+    shutil.copyfile(path.parent / "step_00000001" / PART, path / PART)
 
 
 DAMAGES = {
-    "flipped bit": (damage_by_flip, "part.bin does not have the content that was written"),
-    "truncated": (lambda path: (path / "inner/more.bin").write_bytes(b"x"), "inner/more.bin has 1 bytes instead of 1000"),
-    "deleted": (lambda path: (path / "part.bin").unlink(), "part.bin is missing"),
+    "flipped bit": (damage_by_flip, f"{PART} does not have the content that was written"),
+    "truncated": (lambda path: (path / PART).write_bytes(b"x"), f"{PART} has 1 bytes instead of "),
+    "emptied": (lambda path: (path / PART).write_bytes(b""), f"{PART} has 0 bytes instead of "),
+    "deleted": (lambda path: (path / PART).unlink(), f"{PART} is missing"),
+    "that of another step": (swap, f"{PART} does not have the content that was written"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
     "broken manifest": (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    "other format": (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "of another format"),
+    "other format": (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "is not of format 2"),
+    "a digit of the manifest": (
+        lambda path: damage_by_flip(path, "manifest.json", (path / "manifest.json").read_bytes().index(b'"step": 2') + 8),
+        "manifest.json does not have the content that was written",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_for_the_older_one_with_the_reason(tmp_path, kind):
+def test_a_damaged_checkpoint_is_passed_over_for_the_older_one_with_the_reason(tmp_path, kind, monkeypatch):
     spoil, words = DAMAGES[kind]
     save(tmp_path, 1)
+    monkeypatch.setitem(STATE, ("layer.weight", "fp32", 0), torch.arange(1000.0) + 1)
     spoil(save(tmp_path, 2))
     found, told = find(tmp_path)
     assert found.path.name == "step_00000001"
     assert words in told[0]
+
+
+def test_every_flipped_byte_of_a_manifest_is_noticed(tmp_path):
+    path = save(tmp_path, 1)
+    original = (path / "manifest.json").read_bytes()
+    for at in range(len(original)):
+        for bit in (1, 32):
+            (path / "manifest.json").write_bytes(original[:at] + bytes([original[at] ^ bit]) + original[at + 1 :])
+            try:
+                read = layout.read_manifest(path)
+            except ValueError:
+                continue
+            (path / "manifest.json").write_bytes(original)
+            assert read == layout.read_manifest(path), f"byte {at}: {original[at - 20 : at + 20]!r}"
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_anew(tmp_path):
@@ -82,6 +116,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_anew(tm
     with pytest.raises(ResumeError, match=r"no usable checkpoint.*--resume never"):
         find(tmp_path)
     assert find(tmp_path, "never") == (None, [])
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_silently_start_anew(tmp_path):
+    with pytest.raises(ResumeError, match=r"this run has saved, and nothing of it is there.*--resume never"):
+        find(tmp_path / "checkpoints")
+    assert find(tmp_path / "checkpoints", saved=False) == (None, [])
 
 
 def test_a_path_that_was_asked_for_is_taken_or_refused(tmp_path):
@@ -94,49 +134,92 @@ def test_a_path_that_was_asked_for_is_taken_or_refused(tmp_path):
         find(tmp_path, str(tmp_path / "nothing"))
 
 
-def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(tmp_path):
+WRITING = ("save_begin", "save_folder_made", "save_half_written", "save_before_fsync", "save_written", "save_before_manifest")
+COMMITTING = ("save_manifest_written", "save_before_rename")
+COMMITTED = ("save_renamed", "save_before_latest", "save_before_prune", "save_half_pruned", "save_done")
+
+
+def at(monkeypatch, moment: str, act) -> None:
+    monkeypatch.setattr(faults, "point", lambda name: act() if name == moment else None)
+
+
+@pytest.mark.parametrize("moment", [*WRITING, *COMMITTING])
+def test_a_full_disk_at_any_moment_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monkeypatch, moment):
     save(tmp_path, 1)
 
-    def full_disk(folder: Path, name: str) -> None:
-        (folder / name / "part.bin").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def full_disk() -> None:
+        raise OSError(28, "No space left on device", "a/file")
 
-    with pytest.raises(CheckpointError, match=r"No space left on device.*step_00000001 is complete and kept"):
-        manager.save(tmp_path, 2, full_disk, {}, keep_last=2)
+    at(monkeypatch, moment, full_disk)
+    with pytest.raises(CheckpointError, match=r"rank 0: No space left on device: a/file.*step_00000001 is complete and kept"):
+        save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
     assert find(tmp_path)[0].path.name == "step_00000001"
 
 
-@pytest.mark.parametrize("moment", ["fsync_file", "write_manifest", "_write_latest", "_remove"])
+@pytest.mark.parametrize("moment", ["save_before_latest", "save_before_prune"])
+def test_what_goes_wrong_after_the_commit_is_told_and_does_not_undo_it(tmp_path, monkeypatch, moment):
+    save(tmp_path, 1)
+
+    def full_disk() -> None:
+        raise OSError(28, "No space left on device", "a/file")
+
+    at(monkeypatch, moment, full_disk)
+    saved = write_checkpoint(tmp_path, 2, STATE, {}, Keep(last=1))
+    assert saved.untidy == "No space left on device: a/file"
+    assert find(tmp_path)[0].path == saved.path
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    free = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(CheckpointError, match=r"it takes 0\.000 GiB and 0\.000 GiB are free.*There is no earlier checkpoint"):
+        save(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", [*WRITING, *COMMITTING, *COMMITTED])
 def test_a_save_killed_at_any_moment_leaves_a_usable_checkpoint(tmp_path, monkeypatch, moment):
     save(tmp_path, 1, keep_last=1)
 
     class Killed(BaseException):
         """Not an Exception, so that nothing cleans up: as after SIGKILL."""
 
-    calls = 0
+    def die() -> None:
+        raise Killed
 
-    def die(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if moment != "_remove" or calls == 3:  # the third removal is that of the older checkpoint
-            raise Killed
-        return original(*args, **kwargs)
-
-    owner = manager if hasattr(manager, moment) else layout
-    original = getattr(owner, moment)
-    monkeypatch.setattr(owner, moment, die)
+    at(monkeypatch, moment, die)
     with pytest.raises(Killed):
         save(tmp_path, 2, keep_last=1)
     monkeypatch.undo()
-    found, _ = find(tmp_path)
-    assert found.path.name in ("step_00000001", "step_00000002")
+    found, told = find(tmp_path)
+    assert told == []
+    assert found.path.name == ("step_00000002" if moment in COMMITTED else "step_00000001")
     manager.remove_leftovers(tmp_path)
     assert layout.leftovers(tmp_path) == []
     assert save(tmp_path, 2, keep_last=1).name == "step_00000002"
 
 
+def test_a_failed_save_in_the_background_is_an_error_where_it_is_asked_for(tmp_path, monkeypatch):
+    writer = Saver(tmp_path, Keep(last=2), background=True)
+    writer.start(1, STATE, {})
+    assert writer.wait().path.name == "step_00000001"
+    assert writer.wait() is None
+
+    def full_disk() -> None:
+        raise OSError(28, "No space left on device", "a/file")
+
+    at(monkeypatch, "save_written", full_disk)
+    writer.start(2, STATE, {})
+    with pytest.raises(CheckpointError, match="No space left"):
+        writer.wait()
+    monkeypatch.undo()
+    writer.start(3, STATE, {})
+    assert writer.wait().step == 3, "one failed save must not stop the next one"
+
+
 def test_the_manifest_lists_sizes_and_hashes(tmp_path):
     path = save(tmp_path, 1)
-    entry = json.loads((path / "manifest.json").read_text())["files"]["inner/more.bin"]
-    assert entry == {"bytes": 1000, "sha256": "44f8354494a5ba03ba1792a8d3e9c534c47a9181980fde7a3f44b06ef2ae7c7f"}
+    entry = json.loads((path / "manifest.json").read_text())["files"][PART]
+    assert entry == layout.digest(path / PART)
+    assert entry["bytes"] == (path / PART).stat().st_size > 8000
