@@ -267,6 +267,60 @@ def export(
         )
 
 
+@app.command()
+def verify(
+    run: Annotated[Path | None, typer.Argument(help="The run folder whose checkpoints are read.", show_default=False)] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Prove that a run of --config goes on exactly: train, kill, resume, compare."),
+    ] = False,
+    config: Annotated[Path | None, typer.Option("--config", help="The run file, for --resume.", show_default=False)] = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A setting that overrules the files, for --resume.")] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch",
+            help="What starts a module, for --resume: 'deepspeed --hostfile hosts --module'. By default torchrun here.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps before the checkpoint, and after it, for --resume.")] = 3,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds for each of the two starts of --resume.")] = 1800,
+) -> None:
+    """Check that every checkpoint of a run is whole, byte for byte, and say which one a start would take.
+
+    With --resume, prove before a long run that it can be killed and resumed on this machine without a trace: it is trained for
+    some steps, killed without warning, started again, and what both starts computed is compared bit for bit.
+    """
+    from ds_trainer.monitor.logs import terminal
+    from ds_trainer.verify import verify_resume, verify_run
+
+    console = terminal()
+
+    def report(line: str) -> None:
+        console.print(line, markup=False)
+
+    if not resume:
+        if run is None:
+            raise RefusedError(
+                "verify needs a run folder: ds_trainer verify out/my-run; or a proof: verify --resume --config run.yaml"
+            )
+        verify_run(run, report)
+        return
+    if config is None:
+        raise RefusedError("verify --resume needs a run file: ds_trainer verify --resume --config run.yaml")
+    words = ["--config", str(config), *(["--deepspeed", str(deepspeed)] if deepspeed else [])]
+    words += [word for each in sets or [] for word in ("--set", each)]
+    verify_resume(
+        _resolve(config, deepspeed, None, sets, None),
+        launch or f"torchrun --nproc-per-node {_commands().process_count} -m",
+        arguments=words,
+        steps=steps,
+        timeout=timeout,
+        report=report,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code. An error of the user's is printed without a traceback.
 

@@ -151,6 +151,26 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "docs/data.md",
     ),
     Constraint(
+        "keep_best_needs_evaluate",
+        "checkpoint.keep_best",
+        lambda v: v.settings.checkpoint.keep_best > 0 and v.settings.evaluate is None,
+        "checkpoint.keep_best keeps the checkpoints with the lowest held-out loss, and nothing is evaluated. Add a section "
+        "evaluate, or remove it.",
+        "docs/checkpoints.md",
+    ),
+    Constraint(
+        "keep_best_needs_saves_where_it_evaluates",
+        "checkpoint.keep_best",
+        lambda v: (
+            v.settings.checkpoint.keep_best > 0
+            and v.settings.evaluate is not None
+            and (v.settings.checkpoint.every_steps or 0) % (v.settings.evaluate.every_steps or 1 << 60) != 0
+        ),
+        "checkpoint.keep_best compares held-out losses, so every checkpoint needs one: let checkpoint.every_steps be a "
+        "multiple of evaluate.every_steps.",
+        "docs/checkpoints.md",
+    ),
+    Constraint(
         "train_on_is_for_conversations",
         "data.train_on",
         lambda v: v.has("data.train_on") and v.settings.train.stage == "pretrain",

@@ -44,6 +44,16 @@ EXAMPLES = {
         '"evaluate":',
         run(evaluate__sources=[{"path": "a"}]),
     ),
+    "keep_best_needs_evaluate": (
+        run(checkpoint__keep_best=1),
+        '"keep_best":',
+        run(checkpoint__keep_best=1, evaluate__sources=[{"path": "a"}]),
+    ),
+    "keep_best_needs_saves_where_it_evaluates": (
+        run(checkpoint__keep_best=1, checkpoint__every_steps=5, evaluate__sources=[{"path": "a"}], evaluate__every_steps=2),
+        '"keep_best":',
+        run(checkpoint__keep_best=1, checkpoint__every_steps=6, evaluate__sources=[{"path": "a"}], evaluate__every_steps=2),
+    ),
     "train_on_is_for_conversations": (
         run(data__train_on="all", train__stage="pretrain"),
         '"train_on":',
