@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ds_trainer import comm, loop
+from ds_trainer import comm, faults, loop
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.deepspeed_keys import validate_blocks
 from ds_trainer.arguments.engine_config import (
@@ -130,6 +130,7 @@ def summary(prepared: Prepared) -> list[str]:
 def build(prepared: Prepared, report: Report) -> Engine:
     """Build the model with its adapter and objective, and the engine around it. Collective."""
     settings, config = prepared.resolved.settings, prepared.engine_config.config
+    faults.point("loading")
     attention.register_document_attention()
     with sharded_construction(config):
         model = construct(prepared, report)
