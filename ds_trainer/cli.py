@@ -23,6 +23,7 @@ from ds_trainer.errors import (
     EXIT_BY_SIGNAL,
     EXIT_DONE,
     EXIT_FAILED,
+    EXIT_OUT_OF_MEMORY,
     EXIT_PREEMPTED,
     EXIT_REFUSED,
     ArgumentsError,
@@ -464,7 +465,7 @@ def _continue_command(resolved: Resolved, launch: Launch) -> str:
 def _account_for(error: BaseException, folder: RunFolder, launch: Launch, console: Console, command: str) -> NoReturn:
     """Name the first failing rank and the cause in one block, and leave at once: the other ranks may wait for ever."""
     _ending.acquire()  # until the end: a signal that comes now must not cut the last words short
-    code = getattr(error, "exit_code", EXIT_FAILED)
+    code = getattr(error, "exit_code", EXIT_OUT_OF_MEMORY if isinstance(error, MemoryError) else EXIT_FAILED)
     text = _in_words(error)
     if folder.record_error(error):
         from ds_trainer.checkpoint.layout import newest_step

@@ -23,6 +23,7 @@ from ds_trainer.assemble import (
     build,
     evaluate_rows,
     optimizer_name,
+    parameter_counts,
     prepare,
 )
 from ds_trainer.checkpoint import manager
@@ -35,6 +36,7 @@ from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder, environment
 from ds_trainer.monitor.signals import StopRequests
+from ds_trainer.out_of_memory import explained_memory
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState
 
@@ -69,14 +71,18 @@ def train(
     """
     prepared = prepare(resolved, launch, progress.say)
     train_settings = resolved.settings.train
-    with comm.process_group(
-        prepared.device,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout_seconds=train_settings.collective_timeout_seconds,
+    with (
+        comm.process_group(
+            prepared.device,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout_seconds=train_settings.collective_timeout_seconds,
+        ),
+        explained_memory(prepared) as counts,
     ):
         require_agreement(prepared)
         engine = build(prepared, progress.say)
+        counts.extend(parameter_counts(engine.model))
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:
             write_down(prepared, folder)

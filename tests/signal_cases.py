@@ -42,7 +42,7 @@ class Case:
 
     @property
     def codes(self) -> set[int]:
-        """What exit.json may say: Ctrl-C before training asks for no requeue, unless it met another rank than the one that writes."""
+        """What exit.json may say: Ctrl-C before training asks for no requeue; sent to rank 1 alone, rank 0 does not see it."""
         if self.step is None and self.signal == signal.SIGINT:
             return {130, 75} if self.target == "rank 1" else {130}
         return {75}
