@@ -31,6 +31,7 @@ from ds_trainer.errors import (
     LauncherError,
     RefusedError,
     ResumeError,
+    TrainingError,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ _BEGUN = time.monotonic()
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 """What gloo and NCCL say when a process at the other end is gone."""
 
-_LEFT_ALONE = "lost the connection to another rank"
+_LEFT_ALONE = (
+    "lost the connection to another rank, which ended without a word. Was it killed, for want of memory perhaps? "
+    "`dmesg` on its host and the launcher's lines tell."
+)
 _WAIT_FOR_SPEAKER_SECONDS = 5.0
 """Much longer than the starts of two ranks on one busy machine lie apart."""
 
@@ -362,7 +366,7 @@ def _run_in_folder(
     from ds_trainer.monitor.parents import Parents
     from ds_trainer.monitor.progress import Progress
     from ds_trainer.monitor.run_folder import RunFolder
-    from ds_trainer.monitor.signals import StopRequests
+    from ds_trainer.monitor.signals import RANK_GONE, StopRequests
 
     parents = Parents.now()
     folder = RunFolder(Path(resolved.settings.checkpoint.folder), launch.rank)
@@ -376,6 +380,8 @@ def _run_in_folder(
     command = _continue_command(resolved, launch)
 
     def end_at_once(reason: int) -> None:
+        if reason == RANK_GONE:
+            _account_for(TrainingError(_LEFT_ALONE), folder, launch, console, command)
         stopped = Stopped(reason, nothing_lost=not requests.training)
         if launch.rank and not _ranks_have_met():
             # The folder may be another start's, and rank zero refused for that: nothing is written into it.
@@ -523,10 +529,7 @@ def _in_words(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {str(error)[:500]}"
     if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
-        return (
-            f"{_LEFT_ALONE}, which ended without a word. Was it killed, for want of memory perhaps? "
-            f"`dmesg` on its host and the launcher's lines tell.\n({text.splitlines()[0]})"
-        )
+        return f"{_LEFT_ALONE}\n({text.splitlines()[0]})"
     return f"{text}\n({frame.filename}:{frame.lineno}, in {frame.name})"
 
 

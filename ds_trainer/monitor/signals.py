@@ -18,6 +18,7 @@ from ds_trainer.monitor.parents import Parents, parent_of
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 TIME_IS_UP = 100
 LAUNCHER_GONE = 101
+RANK_GONE = 102
 """Reasons that are no signal; above all of theirs, since the ranks agree on the largest."""
 
 SAME_SECONDS = 2.0
@@ -44,7 +45,8 @@ class StopRequests:
         """Take what to do.
 
         Args:
-            end: leaves the process at once; called in a thread of its own with a signal's number, or LAUNCHER_GONE.
+            end: leaves the process at once; called in a thread of its own with a signal's number, LAUNCHER_GONE, or RANK_GONE
+                when a rank has ended without a word.
             say: takes a line for the user.
             a_rank_failed: whether another rank has said that it failed: then no step of this one will end.
             parents: the launcher.
@@ -120,20 +122,27 @@ class StopRequests:
             self._orphan, self._orphan_until = True, now + ORPHAN_SECONDS
             if not self._asked:
                 self._take(LAUNCHER_GONE, gone)
-        if now > self._orphan_until or (self._asked and now > self._deaf_until and self._others_failed()):
+        if now > self._orphan_until:
             self._end(self._asked)
+        if self._asked and now > self._deaf_until:
+            self._end_with_the_others()
 
     def _take(self, reason: int, words: str) -> None:
         now = time.monotonic()
         if now < self._deaf_until:
             return
-        if self._asked or not self._training or self._others_failed():
+        if self._asked or not self._training:
             self._end(reason)
+        self._end_with_the_others()
         self._asked, self._deaf_until = reason, now + SAME_SECONDS
         self._say(f"{words}: saving after this step, then ending; a second signal ends at once")
 
-    def _others_failed(self) -> bool:
-        return self._a_rank_failed() or any(parent_of(peer) is None for peer in self._peers)
+    def _end_with_the_others(self) -> None:
+        # A launcher ends the other ranks with a signal when one has failed. No step ends then: a GPU waits for the missing one.
+        if self._a_rank_failed():
+            self._end(signal.SIGTERM)
+        if any(parent_of(peer) is None for peer in self._peers):
+            self._end(RANK_GONE)
 
 
 def in_words(reason: int) -> str:
