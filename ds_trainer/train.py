@@ -115,6 +115,7 @@ def train(
                 save_now(prepared, engine, folder, recorder, windows, state)
         windows.close()
         engine.close()
+        faults.point("leaving")
         requests.over()
         comm.largest(0)  # nobody leaves before all are: a launcher ends the others with a signal when the first one has left
     return state, stopped

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 
 import pytest
@@ -49,6 +48,10 @@ def straight() -> dict[str, list[float]]:
     return {}
 
 
+SLOW = "training::3=sleep=1.5,saving:1=sleep=2.2,leaving:0=sleep=2"
+"""Rank 1 would be gone long before rank 0, and the launcher would send that one a second signal."""
+
+
 @pytest.mark.parametrize(("launcher", "target", "number"), [("torchrun", "rank 1", USR1), ("deepspeed", "launcher", TERM)])
 def test_a_stopped_run_goes_on_bit_for_bit(run_file, tmp_path, straight, launcher, target, number):
     config = run_file("run", train={"max_steps": 6}, monitor={"log_every_steps": 2})
@@ -58,7 +61,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run_file, tmp_path, straight, launche
         done = run_command(launched("torchrun", *whole), cwd=tmp_path)
         assert done.code == 0, done.text
         straight["losses"] = [line["loss"] for line in metrics(tmp_path / "straight")]
-    with LiveRun(launched(launcher, *arguments), cwd=tmp_path, folder=tmp_path / "run", fault="training::3=sleep=1.5") as run:
+    with LiveRun(launched(launcher, *arguments), cwd=tmp_path, folder=tmp_path / "run", fault=SLOW) as run:
         run.wait_for_fault("training")
         time.sleep(0.2)
         send(run.targets()[target], number)
@@ -74,15 +77,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(run_file, tmp_path, straight, launche
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0
 
 
-def test_the_time_is_up_like_a_signal(run_file, tmp_path):
-    config = run_file("run", train={"max_steps": 100_000, "max_seconds": 12})
-    begun = time.monotonic()
+def test_the_time_of_rank_zero_is_up_for_all_like_after_a_signal(run_file, tmp_path):
+    config = run_file("run", train={"max_steps": 100_000, "max_seconds": 1})
     done = run_command(launched("torchrun", "train", "--config", str(config)), cwd=tmp_path)
-    assert 12 < time.monotonic() - begun < 40
     ended = json.loads((tmp_path / "run" / "exit.json").read_text())
-    assert (ended["code"], ended["reason"]) == (75, "train.max_seconds = 12 is over")
-    assert ended["step"] >= 1
-    assert done.text.count("train.max_seconds = 12 is over. The run goes on from step") == 1
+    assert (ended["code"], ended["reason"], ended["step"]) == (75, "train.max_seconds = 1 is over", None)
+    assert done.text.count("train.max_seconds = 1 is over. There is no checkpoint yet: the run starts anew with") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_second_signal_ends_at_once_and_says_so(run_file, tmp_path):
@@ -116,22 +117,14 @@ def test_no_worker_outlives_a_launcher_that_was_killed(run_file, tmp_path, launc
         assert (run.ended()["code"], run.ended()["step"]) == (75, 3)
 
 
-def test_a_worker_that_comes_to_no_step_s_end_does_not_outlive_its_launcher_either(run_file, tmp_path):
-    config = run_file("run")
-    command = launched("torchrun", "train", "--config", str(config))
-    with LiveRun(command, cwd=tmp_path, folder=tmp_path / "run", fault="training::3=sleep=300") as run:
-        run.wait_for_fault("training")
-        send(run.targets()["launcher"], signal.SIGKILL)
-        assert 28 < run.end(45) < 40
-        assert run.ended()["code"] == 143
-
-
 def test_a_shell_above_the_launcher_may_leave(run_file, tmp_path):
     config = run_file("run", train={"max_steps": 5})
     inner = " ".join(launched("torchrun", "train", "--config", str(config)))
-    with LiveRun(["bash", "-c", f"nohup {inner} & sleep 3"], cwd=tmp_path, folder=tmp_path / "run") as run:
-        with pytest.raises(subprocess.TimeoutExpired):
-            run.process.wait(timeout=0)
+    until_training = f"until grep -qs 'fault: training' {tmp_path}/run/logs/rank_00000.log; do sleep 0.1; done"
+    shell = ["bash", "-c", f"nohup {inner} & {until_training}"]
+    with LiveRun(shell, cwd=tmp_path, folder=tmp_path / "run", fault="training::3=sleep=2.5") as run:
+        run.wait_for_fault("training")
+        assert run.process.wait(timeout=2) == 0
         run.end()
         assert (run.ended()["code"], run.ended()["reason"]) == (0, "done")
 
