@@ -83,7 +83,10 @@ print(requests.asked())
 
 
 def test_when_the_run_is_over_the_launcher_s_signals_are_passed_over(tmp_path):
-    assert told("requests.begin(); send(signal.SIGTERM); requests.over(); send(signal.SIGTERM); print('left')", tmp_path) == (
+    assert told(
+        "requests.begin(); send(signal.SIGTERM); time.sleep(0.5); requests.over(); send(signal.SIGTERM); print('left')",
+        tmp_path,
+    ) == (
         0,
         ["SIGTERM: saving after this step, then ending; a second signal ends at once", "left"],
     )
