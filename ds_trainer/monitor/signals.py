@@ -106,8 +106,9 @@ class StopRequests:
         self._asked, self._orphan_until = reason, float("inf")
 
     def over(self) -> None:
-        """The run has ended and is saved: what comes now would only cut its last words short."""
+        """The run has ended and is saved: what comes now would only cut its last words short; later it ends at once again."""
         self._deaf_until = time.monotonic() + LEAVING_SECONDS
+        self._training = False
 
     def _watch(self, reader: int) -> None:
         while True:
@@ -125,7 +126,7 @@ class StopRequests:
                 self._take(LAUNCHER_GONE, gone)
         if now > self._orphan_until:
             self._end(LAUNCHER_GONE)
-        if self._asked and now > self._deaf_until:
+        if self._asked and self._training and now > self._deaf_until:
             self._end_with_the_others()
 
     def _take(self, reason: int, words: str) -> None:

@@ -89,13 +89,18 @@ send(signal.SIGTERM)
 
 
 def test_when_the_run_is_over_the_launcher_s_signals_are_passed_over(tmp_path):
-    assert told(
-        "requests.begin(); send(signal.SIGTERM); time.sleep(0.5); requests.over(); send(signal.SIGTERM); print('left')",
-        tmp_path,
-    ) == (
-        0,
-        ["SIGTERM: saving after this step, then ending; a second signal ends at once", "left"],
-    )
+    script = """
+requests.begin()
+send(signal.SIGTERM)
+time.sleep(0.5)
+requests.over()
+send(signal.SIGTERM)
+print("leaving", flush=True)
+time.sleep(0.5)
+send(signal.SIGTERM)
+"""
+    said = ["SIGTERM: saving after this step, then ending; a second signal ends at once", "leaving", "ended for 15"]
+    assert told(script, tmp_path) == (9, said)
 
 
 def test_a_signal_after_another_rank_failed_ends_at_once_since_no_step_will_end(tmp_path):
