@@ -23,8 +23,8 @@ from ds_trainer.model.adapter import add_lora
 from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.objectives.chunked_head import plain_nll_sum
 from ds_trainer.protocols import MicroBatch
+from ds_trainer.recovery import PROBE_ROWS
 from ds_trainer.run_data import cache_folder_of
-from ds_trainer.train import PROBE_ROWS
 
 Report = Callable[[str], None]
 

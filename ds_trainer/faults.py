@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from ds_trainer.errors import RefusedError
 
 VARIABLE = "DS_TRAINER_FAULT"
-ACTIONS = ("kill", "stop", "raise", "enospc", "sleep", "exit")
-"""SIGKILL, SIGSTOP, a ValueError, a full disk, `sleep=SECONDS`, `exit=CODE`."""
+ACTIONS = ("kill", "stop", "raise", "enospc", "memory", "sleep", "exit")
+"""SIGKILL, SIGSTOP, a ValueError, a full disk, memory that runs out, `sleep=SECONDS`, `exit=CODE`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ def point(name: str) -> None:
     Raises:
         ValueError: a test asked for `raise`.
         OSError: a test asked for a full disk.
+        MemoryError: a test asked for more memory than there is.
     """
     if _faults is None:
         return
@@ -97,5 +98,7 @@ def _act(fault: Fault, name: str) -> None:
         raise ValueError(f"a test asked for this failure at {name}")
     elif fault.action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    elif fault.action == "memory":
+        bytearray(2**60)
     else:
         os.kill(os.getpid(), signal.SIGKILL if fault.action == "kill" else signal.SIGSTOP)

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ds_trainer import comm
-from ds_trainer.errors import TrainingError
+from ds_trainer import comm, faults
+from ds_trainer.errors import NonFiniteError
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState, step_seed
 
@@ -57,8 +57,9 @@ def train(
     plan: Plan,
     recorder: StepRecorder,
     after_step: Callable[[TrainState], None],
-) -> None:
-    """Train to the end of the plan or of the data. Collective.
+    stop: Callable[[], int] = lambda: 0,
+) -> int:
+    """Train to the end of the plan or of the data, or until a rank wants to stop. Collective.
 
     Args:
         engine: runs forward, backward and update.
@@ -67,16 +68,24 @@ def train(
         plan: when the run ends.
         recorder: takes every step in.
         after_step: evaluates and saves when that is due.
+        stop: why this rank wants to stop, 0 when it does not; asked between two steps.
+
+    Returns:
+        Why the ranks stopped between two steps: the largest of what `stop` said on each; 0 at the end of the plan or the data.
 
     Raises:
-        TrainingError: too many steps in a row had gradients that were not finite.
+        NonFiniteError: too many steps in a row had gradients that were not finite.
     """
     skipped = 0
     engine.train_mode(True)
     while state.step < plan.max_steps:
+        if reason := comm.largest(stop()):
+            return reason
         window = next(windows, None)
         if window is None:
             break
+        faults.at_step(state.step + 1)
+        faults.point("training")
         torch.manual_seed(step_seed(plan.seed, state.step, comm.rank()))
         num_tokens = sum(batch.num_tokens for batch in window)
         counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens], device=engine.device)
@@ -92,11 +101,12 @@ def train(
         skipped = 0 if outcome.applied else skipped + 1
         recorder.step(step=state.step, loss=loss, num_tokens=num_tokens, num_targets=num_targets, outcome=outcome)
         if skipped > plan.max_skipped:
-            raise TrainingError(
+            raise NonFiniteError(
                 f"the gradients of the last {skipped} steps were not finite, up to step {state.step}. "
                 "Lower train.learning_rate, use bf16 instead of fp16, or look at the data of these steps."
             )
         after_step(state)
+    return 0
 
 
 def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float, int]:
@@ -108,6 +118,7 @@ def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float,
     engine.train_mode(False)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in batches:
+        faults.point("evaluating")
         sums[0] += engine.evaluate(batch.to(engine.device))
         sums[1] += batch.num_targets
     nll_sum, num_targets = comm.sum_over_ranks(sums).tolist()

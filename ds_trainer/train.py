@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
-from ds_trainer import comm, loop
-from ds_trainer.arguments.engine_config import offload_device, written_optimizer, zero_stage
+from ds_trainer import comm, faults, loop
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
 from ds_trainer.assemble import (
@@ -22,35 +18,24 @@ from ds_trainer.assemble import (
     arranged_windows,
     build,
     evaluate_rows,
+    parameter_counts,
     prepare,
 )
-from ds_trainer.checkpoint import manager
-from ds_trainer.checkpoint.keep import Keep
-from ds_trainer.checkpoint.saver import Saved, Saver
-from ds_trainer.checkpoint.slices import SliceReader
-from ds_trainer.data.loader import Windows
-from ds_trainer.data.sources import Report
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import EXIT_REFUSED, CheckpointError, RefusedError, ResumeError
+from ds_trainer.errors import EXIT_REFUSED, DisagreementError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder, environment
-from ds_trainer.protocols import ModelBatch
+from ds_trainer.monitor.signals import StopRequests
+from ds_trainer.out_of_memory import explained_memory
+from ds_trainer.recovery import Saving, digest, resume
 from ds_trainer.state import TrainState
 
-PROBE_ROWS = 16
-"""Rows whose loss is kept in every checkpoint, so that a resume and an export can prove that they compute the same."""
-_WHY_PART = {
-    "max_steps": " (A schedule that falls ends at max_steps, so only with train.schedule=constant may it grow. To train "
-    "longer, export the run and start a new one from the export.)"
-}
-"""Why a setting that differs is part of what a checkpoint continues, where that may surprise."""
-PROBE_TOLERANCE = 1e-3
-"""How far a resumed engine's loss on them may be from the saved one, relative to it; on the same machine it is equal."""
 
-
-def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progress) -> TrainState:
+def train(
+    resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progress, requests: StopRequests
+) -> tuple[TrainState, int]:
     """Run from the first line to the last checkpoint. Collective: every rank of the launch.
 
     Args:
@@ -58,34 +43,31 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
         launch: this process's place in the job.
         folder: the run folder; it exists.
         progress: where rank zero shows what happens.
+        requests: whether this process is asked to end.
 
     Returns:
-        How far the run came.
+        How far the run came, and why it ended before its time; 0 when it did not.
 
     Raises:
         DsTrainerError: with a text for the user.
     """
     prepared = prepare(resolved, launch, progress.say)
     train_settings = resolved.settings.train
-    with comm.process_group(
-        prepared.device,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout_seconds=train_settings.collective_timeout_seconds,
+    with (
+        comm.process_group(
+            prepared.device,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout_seconds=train_settings.collective_timeout_seconds,
+        ),
+        explained_memory(prepared) as counts,
     ):
         require_agreement(prepared)
         engine = build(prepared, progress.say)
+        counts.extend(parameter_counts(engine.model))
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:
             write_down(prepared, folder)
-        checkpoint = resolved.settings.checkpoint
-        keep = Keep(
-            last=checkpoint.keep_last,
-            every_steps=checkpoint.keep_every_steps,
-            best=checkpoint.keep_best,
-            max_bytes=None if checkpoint.max_gib is None else int(checkpoint.max_gib * 2**30),
-        )
-        saver = Saver(folder.checkpoints, keep, background=checkpoint.background)
         windows = arranged_windows(prepared, engine, state, progress.say)
         recorder = Recorder(
             folder,
@@ -96,26 +78,44 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
             write_events=engine.write_events,
             data_waits=lambda: windows.waited_seconds,
         )
+        saving = Saving(prepared, engine, folder, recorder, windows)
+        first_step = state.step
+        requests.begin(peers=processes_here())
         with progress.bar(state.step, prepared.plan.max_steps):
-            loop.train(
+            stopped = loop.train(
                 engine,
                 windows,
                 state,
                 prepared.plan,
                 recorder,
-                after_step=partial(evaluate_and_save, prepared, engine, recorder, windows, saver),
+                after_step=partial(evaluate_and_save, prepared, engine, recorder, saving),
+                stop=requests.asked,
             )
-        take_in(saver.wait, checkpoint.on_failure, recorder)  # where the data ended before max_steps
+        if stopped:
+            requests.agreed(stopped)
+            recorder.finish()
+            if state.step > first_step and state.step != saving.last_step:
+                saving.save(state)
+        saving.finish()
         windows.close()
         engine.close()
-    return state
+        faults.point("leaving")
+        requests.over()
+        comm.largest(0)  # nobody leaves before all are: a launcher ends the others with a signal when the first one has left
+    return state, stopped
+
+
+def processes_here() -> list[int]:
+    """The processes of all ranks on this host. Collective."""
+    host = socket.gethostname()
+    return [process for where, process in comm.gather_objects((host, os.getpid())) if where == host]
 
 
 def require_agreement(prepared: Prepared) -> None:
     """Refuse ranks that would train different runs. Collective.
 
     Raises:
-        RefusedError: with what differs and on which ranks.
+        DisagreementError: with what differs and on which ranks.
     """
     facts = {
         "settings": digest(resolved_as_json(prepared.resolved)),
@@ -130,16 +130,11 @@ def require_agreement(prepared: Prepared) -> None:
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
             rank = odd[0]
-            raise RefusedError(
+            raise DisagreementError(
                 f"the ranks do not agree on the {name}: rank 0 on {everyone[0][0]} has {values[0]}, "
                 f"rank {rank} on {everyone[rank][0]} has {values[rank]} ({len(odd)} of {len(values)} ranks differ from "
                 "rank 0). Give every host the same files and the same versions."
             )
-
-
-def digest(fields: Any) -> str:
-    """A short fingerprint of JSON-like fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_down(prepared: Prepared, folder: RunFolder) -> None:
@@ -155,107 +150,7 @@ def write_down(prepared: Prepared, folder: RunFolder) -> None:
     folder.event("started", launcher=prepared.launch.launcher, world_size=prepared.launch.world_size)
 
 
-def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report) -> TrainState:
-    """Continue from the checkpoint that the settings name, or start anew. Collective.
-
-    Raises:
-        ResumeError: the checkpoint belongs to another kind of run.
-    """
-    settings = prepared.resolved.settings
-    if comm.rank() == 0:
-        for name in manager.remove_leftovers(folder.checkpoints):
-            report(f"removed {name}, which a killed start left unfinished")
-    found = manager.find(folder.checkpoints, settings.checkpoint.resume, report, was_saved=folder.has_saved())
-    if found is None:
-        set_aside(folder, 0, report)
-        if comm.rank() == 0:
-            folder.event("started_anew")
-        return TrainState()
-    written, ours = found.manifest["run"], run_identity(prepared)
-    for name, value in ours.items():
-        if written.get(name) != value:
-            raise ResumeError(
-                f"{found.path} cannot be continued: it has {name} = {written.get(name)}, this run has {value}. "
-                f"Start with the settings it was saved with, or start anew with --resume never.{_WHY_PART.get(name, '')}"
-            )
-    rest = found.manifest["engine"]
-    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
-    engine.restore(reader.read, rest)
-    state = TrainState.from_json(found.manifest["state"])
-    probe = found.manifest["probe"]
-    loss, _ = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])
-    if not abs(loss - probe["loss"]) <= PROBE_TOLERANCE * abs(probe["loss"]):
-        raise ResumeError(
-            f"{found.path} was loaded, but the model computes a loss of {loss:.6f} where {probe['loss']:.6f} was saved with "
-            "it. Were the base model or the held-out data changed? Start anew with --resume never."
-        )
-    set_aside(folder, state.step, report)
-    then, now = found.manifest["layout"], engine_layout(prepared)
-    moved = "" if then == now else f"; saved on {layout_in_words(then)}, laid out anew for {layout_in_words(now)}"
-    report(f"RESUMING from {found.path}: step {state.step}, {state.rows_consumed} rows consumed{moved}")
-    if comm.rank() == 0:
-        folder.event("resumed", path=str(found.path), step=state.step)
-    return state
-
-
-def set_aside(folder: RunFolder, step: int, report: Report) -> None:
-    """Rename the checkpoints beyond the step the run goes on from: they are damaged, or of a run that is not continued."""
-    if comm.rank() == 0:
-        for old, new in manager.set_aside(folder.checkpoints, step):
-            report(f"checkpoint {old} does not belong to what is trained from here on: renamed to {new}")
-            folder.event("set_aside", path=old, to=new)
-
-
-def run_identity(prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint and the run that continues it must have in common."""
-    settings = prepared.resolved.settings
-    return {
-        "precision": settings.train.precision,
-        "optimizer": written_optimizer(prepared.resolved),
-        "model": digest({**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}),
-        "adapter": settings.adapter.model_dump(mode="json") if settings.adapter else None,
-        "global_batch_size": prepared.plan.global_batch_size,
-        "seed": settings.train.seed,
-        **optimization(prepared),
-        "data": prepared.data.fingerprint,
-        "rows": prepared.data.rows.num_rows if prepared.data.rows else None,
-        "seq_len": settings.data.seq_len,
-    }
-
-
-def engine_layout(prepared: Prepared) -> dict[str, Any]:
-    """How the engine lays the state out; a run may be continued with another."""
-    return {
-        "ranks": prepared.launch.world_size,
-        "zero_stage": zero_stage(prepared.resolved),
-        "optimizer_on": offload_device(prepared.resolved, "offload_optimizer"),
-    }
-
-
-def layout_in_words(layout: dict[str, Any]) -> str:
-    """Such as "2 ranks, ZeRO-3, optimizer on cpu"."""
-    where = "" if layout["optimizer_on"] == "none" else f", optimizer on {layout['optimizer_on']}"
-    return f"{layout['ranks']} {'rank' if layout['ranks'] == 1 else 'ranks'}, ZeRO-{layout['zero_stage']}{where}"
-
-
-def optimization(prepared: Prepared) -> dict[str, Any]:
-    """What decides the update besides the gradient: DeepSpeed restores it from the checkpoint, whatever the settings say."""
-    train_settings = prepared.resolved.settings.train
-    names = ("learning_rate", "schedule", "warmup_steps", "min_learning_rate", "weight_decay", "betas", "eps")
-    found = {name: getattr(train_settings, name) for name in names}
-    if train_settings.schedule != "constant":
-        found["max_steps"] = prepared.plan.max_steps  # the falling schedules end there
-    return found
-
-
-def evaluate_and_save(
-    prepared: Prepared,
-    engine: Engine,
-    recorder: Recorder,
-    windows: Windows[ModelBatch],
-    saver: Saver,
-    state: TrainState,
-) -> None:
+def evaluate_and_save(prepared: Prepared, engine: Engine, recorder: Recorder, saving: Saving, state: TrainState) -> None:
     """Evaluate and save when the step is due for it, and take in what was saved meanwhile. Collective."""
     settings = prepared.resolved.settings
     is_last = state.step == prepared.plan.max_steps
@@ -264,58 +159,8 @@ def evaluate_and_save(
         held_out_loss, num_targets = evaluate_rows(prepared, engine, prepared.data.held_out, settings.evaluate.max_rows)
         recorder.evaluation(step=state.step, loss=held_out_loss, num_targets=num_targets)
     if is_last or is_due(state.step, settings.checkpoint.every_steps):
-        save(prepared, engine, recorder, windows, saver, state, held_out_loss)
-    take_in(saver.wait if is_last else saver.poll, settings.checkpoint.on_failure, recorder)
-
-
-def save(
-    prepared: Prepared,
-    engine: Engine,
-    recorder: Recorder,
-    windows: Windows[ModelBatch],
-    saver: Saver,
-    state: TrainState,
-    held_out_loss: float | None,
-) -> None:
-    """Begin to write a checkpoint of this step; the one before it is complete then. Collective."""
-    settings = prepared.resolved.settings
-    take_in(saver.wait, settings.checkpoint.on_failure, recorder)
-    loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
-    lanes = {name: cursor for each in comm.gather_objects(windows.cursors) for name, cursor in each.items()}
-    slices, rest = engine.snapshot(copy=saver.background)
-    saver.start(
-        state.step,
-        slices,
-        {
-            "state": {**state.to_json(), "stream": lanes},
-            "run": run_identity(prepared),
-            "layout": engine_layout(prepared),
-            "engine": rest,
-            "probe": {"rows": PROBE_ROWS, "loss": loss, "num_targets": num_targets},
-            "held_out_loss": held_out_loss,
-            "settings": settings.model_dump(mode="json"),
-        },
-    )
-    recorder.stopped_for_save()
-
-
-def take_in(ask: Callable[[], Saved | None], on_failure: str, recorder: Recorder) -> None:
-    """Say what became of the checkpoint that was being written.
-
-    Raises:
-        CheckpointError: it could not be written, and the run shall end then.
-    """
-    try:
-        saved = ask()
-    except CheckpointError as error:
-        if on_failure == "stop":
-            raise
-        recorder.not_saved(str(error))
-    else:
-        if saved is not None:
-            recorder.saved(
-                step=saved.step, path=str(saved.path), num_bytes=saved.num_bytes, seconds=saved.seconds, untidy=saved.untidy
-            )
+        saving.save(state, held_out_loss)
+    saving.poll()
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

@@ -13,7 +13,7 @@ PLAIN = {"arguments", "launch", "errors", "faults"}
 GROUND = {"comm", "protocols", "state"}
 PARTS = {"engine", "data", "model", "objectives", "checkpoint", "monitor"}
 LOOP = {"loop"}
-STORIES = {"train", "debug", "check", "export", "prepare", "assemble", "run_data", "verify"}
+STORIES = {"train", "recovery", "debug", "check", "export", "prepare", "assemble", "run_data", "verify", "out_of_memory"}
 TOP = {"cli", "__main__", "__init__"}
 HEAVY = {"torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers"}
 

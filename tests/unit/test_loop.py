@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_trainer import loop
-from ds_trainer.errors import TrainingError
+from ds_trainer.errors import NonFiniteError
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState, step_seed
 
@@ -67,6 +67,24 @@ def test_it_runs_to_max_steps_and_counts_in_the_right_units():
     assert seen == [1, 2, 3, 4, 5]
 
 
+def test_a_wish_to_stop_is_heard_between_two_steps_and_handed_back():
+    state, recorder, seen = TrainState(), Recorder(), []
+    plan = loop.Plan(max_steps=5, global_batch_size=4, total_rows=None, seed=0)
+
+    def after_step(now):
+        seen.append(now.step)
+
+    def stop():
+        return 15 if state.step == 2 else 0
+
+    windows = iter([[batch(3)]] * 9)
+    assert loop.train(CountingEngine(), windows, state, plan, recorder, after_step, stop) == 15
+    assert (state.step, seen, len(recorder.losses)) == (2, [1, 2], 2)
+    assert len(list(windows)) == 7, "no window is taken that is not trained"
+    assert loop.train(CountingEngine(), iter([[batch(3)]] * 9), state, plan, recorder, after_step) == 0
+    assert state.step == 5
+
+
 def test_it_ends_with_the_data_and_does_not_count_rows_that_are_not_there():
     state, _, _ = run(CountingEngine(), [[batch(3)]] * 3, max_steps=9, total_rows=10)
     assert state.step == 3
@@ -99,7 +117,7 @@ def test_seeds_differ_by_seed_step_and_rank():
 
 
 def test_too_many_skipped_steps_end_the_run():
-    with pytest.raises(TrainingError, match="the last 3 steps were not finite, up to step 3"):
+    with pytest.raises(NonFiniteError, match="the last 3 steps were not finite, up to step 3"):
         run(CountingEngine(applied=False), [[batch(1)]] * 9)
 
 
