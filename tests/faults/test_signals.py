@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run_file, tmp_path, straight, launche
         time.sleep(0.2)
         send(run.targets()[target], number)
         run.end()
-        assert run.events() == ["started", "saved", "ended"]
+        assert run.events() == ["started_anew", "started", "saved", "ended"]
         assert (run.ended()["code"], run.ended()["step"]) == (75, 3)
         assert f"The run goes on from step 3 with: {launcher}" in run.text
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3], "the last step is written though no log step"

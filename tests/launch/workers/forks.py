@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from ds_trainer import faults
+
 SECONDS = 60.0
 PATIENCE = 2.0
 """Seconds between the end of the first rank that failed and the SIGTERM for the others; torchrun takes 0.1."""
@@ -37,6 +39,8 @@ def start(arguments: list[str], environment: dict[str, str], terminal: Path) -> 
         for target in (1, 2):
             os.dup2(os.open(terminal, os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
         sys.argv = ["ds_trainer", *arguments]
+        if faults.VARIABLE in os.environ:  # read when it was imported, before this command
+            faults._faults = faults.ours(os.environ)
         from ds_trainer.cli import main
 
         code = main()
