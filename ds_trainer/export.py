@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from ds_trainer.run_data import cache_folder_of
 
 Report = Callable[[str], None]
 
+PART_BYTES = 2 << 30
+"""The size of one file of an export at most, and so of what is held in memory, where a single weight is not larger."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """How far the loss of the reloaded model may be from the training engine's, relative to it, by the export's precision."""
 
@@ -63,12 +66,15 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     report(f"exporting {found.path} (step {found.manifest['step']}) in {precision}")
     try:
         tokenizer = load_tokenizer(settings.model)
-        model = rebuild(found, settings, tokenizer)
-        if merge:
-            model = model.merge_and_unload()
-        model = model.to(getattr(torch, DTYPES[precision]))
-        write(model, tokenizer, settings, partial, precision)
-        del model
+        if settings.adapter is None and not load.has_converted_weights(settings.model):
+            write_in_parts(found, settings, tokenizer, partial, precision)
+        else:
+            model = rebuild(found, settings, tokenizer)
+            if merge:
+                model = model.merge_and_unload()
+            write(model.to(getattr(torch, DTYPES[precision])), settings, partial, precision)
+            del model
+        write_tokenizer(tokenizer, settings, partial)
         reloaded = reload(partial, settings, adapter=settings.adapter is not None and not merge, precision=precision)
         verify(reloaded, tokenizer, found, settings, precision, report)
     except BaseException as error:
@@ -104,19 +110,56 @@ def choose(run: Path, checkpoint: str | None, report: Report) -> Found:
     return found
 
 
-def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
-    """The trained model on the CPU in fp32, every weight from the checkpoint or the frozen base.
+def write_in_parts(found: Found, settings: RunSettings, tokenizer: Any, folder: Path, precision: str) -> None:
+    """Write config and weights, never more of these in memory than one file holds.
 
     Raises:
         ModelError: weights are missing in the checkpoint, or do not fit.
     """
-    config = load.load_config(settings.model)
-    if settings.adapter is None:
-        model: Any = load.build_model(
-            config, precision="fp32", attention="sdpa", trust_remote_code=settings.model.trust_remote_code
-        )
-    else:
-        model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa")
+    from safetensors.torch import save_file
+
+    dtype = getattr(torch, DTYPES[precision])
+    with torch.device("meta"):
+        model = empty_model(settings, tokenizer, precision)
+    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
+    wanted = {name: value.shape for name, value in model.named_parameters()}  # tied ones once
+    require_weights(reader, wanted, found)
+    parts: list[list[str]] = [[]]
+    for name in wanted:
+        if parts[-1] and sum(wanted[each].numel() for each in [*parts[-1], name]) * dtype.itemsize > PART_BYTES:
+            parts.append([])
+        parts[-1].append(name)
+    buffers = {name: value for name, value in model.named_buffers() if reader.numel(name, "buffer") is not None}
+    index: dict[str, str] = {}
+    for number, names in enumerate(parts, 1):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            tensors[name] = torch.empty(wanted[name], dtype=dtype)
+            reader.read(name, "fp32", 0, tensors[name].view(-1))
+        for name, value in buffers.items() if number == 1 else ():
+            tensors[name] = torch.empty(value.shape, dtype=value.dtype)
+            reader.read(name, "buffer", 0, tensors[name].view(-1))
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    if len(parts) > 1:
+        total = sum(shape.numel() for shape in wanted.values()) * dtype.itemsize
+        fields = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
+    model.config.dtype = DTYPES[precision]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def empty_model(settings: RunSettings, tokenizer: Any, precision: str) -> Any:
+    """The model as it was trained, with its vocabulary grown, before any weight is in it."""
+    model: Any = load.build_model(
+        load.load_config(settings.model),
+        precision=precision,
+        attention="sdpa",
+        trust_remote_code=settings.model.trust_remote_code,
+    )
     load.finish_model(
         model,
         tokens=len(tokenizer),
@@ -124,14 +167,40 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
         gradient_checkpointing=False,
         seed=settings.train.seed,
     )
-    if settings.adapter is not None:
-        model = add_lora(model, settings.adapter.lora, settings.train.seed)
-    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
-    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if misfits := [name for name, parameter in wanted.items() if reader.numel(name, "fp32") != parameter.numel()]:
+    model.config.use_cache = True
+    return model
+
+
+def require_weights(reader: SliceReader, wanted: Mapping[str, torch.Size], found: Found) -> None:
+    """Refuse a checkpoint that does not hold every weight in its size."""
+    if misfits := [name for name, shape in wanted.items() if reader.numel(name, "fp32") != shape.numel()]:
         raise ModelError(
             f"{found.path}: {len(misfits)} trained weights are missing or of another size, for example {misfits[0]}."
         )
+
+
+def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
+    """The trained model on the CPU in fp32, every weight from the checkpoint or the frozen base.
+
+    Raises:
+        ModelError: weights are missing in the checkpoint, or do not fit.
+    """
+    if settings.adapter is None:
+        model = empty_model(settings, tokenizer, "fp32")
+    else:
+        config = load.load_config(settings.model)
+        model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa")
+        load.finish_model(
+            model,
+            tokens=len(tokenizer),
+            resize=settings.model.resize_vocabulary,
+            gradient_checkpointing=False,
+            seed=settings.train.seed,
+        )
+        model = add_lora(model, settings.adapter.lora, settings.train.seed)
+    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    require_weights(reader, {name: parameter.shape for name, parameter in wanted.items()}, found)
     with torch.no_grad():
         for name, parameter in wanted.items():
             reader.read(name, "fp32", 0, parameter.view(-1))
@@ -141,10 +210,8 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
     return model.eval()
 
 
-def write(model: Any, tokenizer: Any, settings: RunSettings, folder: Path, precision: str) -> None:
-    """Write weights, config and tokenizer, with the chat template that was trained on, into an empty folder."""
-    if settings.train.stage == "sft":
-        tokenizer.chat_template = effective_chat_template(tokenizer, settings.data.chat_template)
+def write(model: Any, settings: RunSettings, folder: Path, precision: str) -> None:
+    """Write the weights and config of a model that is whole in memory."""
     if hasattr(model, "peft_config"):
         # Written relative to this folder, a path would be looked for on the hub from any other.
         base = Path(str(settings.model.path))
@@ -154,6 +221,12 @@ def write(model: Any, tokenizer: Any, settings: RunSettings, folder: Path, preci
     else:
         model.config.dtype = DTYPES[precision]
         model.save_pretrained(folder)
+
+
+def write_tokenizer(tokenizer: Any, settings: RunSettings, folder: Path) -> None:
+    """Write the tokenizer, with the chat template that was trained on."""
+    if settings.train.stage == "sft":
+        tokenizer.chat_template = effective_chat_template(tokenizer, settings.data.chat_template)
     tokenizer.save_pretrained(folder)
 
 

@@ -195,6 +195,13 @@ def weight_files(path: str) -> list[Path]:
     return [single] if single.is_file() else []
 
 
+def has_converted_weights(section: ModelSection) -> bool:
+    """Whether transformers keeps this model's weights otherwise in memory than in its files, as for mixtures of experts."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return bool(get_checkpoint_conversion_mapping(load_config(section).model_type))
+
+
 def finish_model(model: Any, *, tokens: int, resize: bool, gradient_checkpointing: bool, seed: int) -> None:
     """Grow the vocabulary and switch checkpointing on, where asked. Collective under ZeRO-3: every rank.
 
