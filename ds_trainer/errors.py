@@ -54,8 +54,26 @@ class CheckpointError(DsTrainerError):
     """A checkpoint could not be written (disk full, no permission) or is damaged."""
 
 
+class RankError(RefusedError):
+    """The ranks would train different runs: other settings, data, versions or environment on some of them."""
+
+    exit_code = 4
+
+
 class TrainingError(DsTrainerError):
-    """Training cannot go on: a non-finite loss, ranks that disagree, a lost peer."""
+    """Training cannot go on: a worker that hangs, a lost peer."""
+
+
+class NonFiniteError(TrainingError):
+    """Losses, gradients or weights are not finite, and the settings say that the run ends there."""
+
+    exit_code = 6
+
+
+class HangError(TrainingError):
+    """A rank made no progress for `train.hang_timeout_seconds`."""
+
+    exit_code = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import socket
 import sys
@@ -23,12 +24,13 @@ from ds_trainer.assemble import (
     evaluate_rows,
     optimizer_name,
     prepare,
+    samples_fed,
 )
 from ds_trainer.checkpoint import manager
 from ds_trainer.data.loader import Windows
 from ds_trainer.data.sources import Report
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import EXIT_REFUSED, RefusedError, ResumeError
+from ds_trainer.errors import EXIT_REFUSED, NonFiniteError, RefusedError, ResumeError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
@@ -93,6 +95,7 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
                 prepared.plan,
                 recorder,
                 after_step=partial(evaluate_and_save, prepared, engine, folder, recorder, windows),
+                samples_of=samples_fed(prepared, engine),
             )
         windows.close()
         engine.close()
@@ -233,6 +236,7 @@ def evaluate_and_save(
         recorder.evaluation(step=state.step, loss=loss, num_targets=num_targets)
     if is_last or is_due(state.step, settings.checkpoint.every_steps):
         loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
+        require_finite(loss, state.step)
         frozen = settings.adapter is not None
         lanes = {name: cursor for each in comm.gather_objects(windows.cursors) for name, cursor in each.items()}
         path = manager.save(
@@ -248,6 +252,19 @@ def evaluate_and_save(
             keep_last=settings.checkpoint.keep_last,
         )
         recorder.saved(step=state.step, path=str(path))
+
+
+def require_finite(probe_loss: float, step: int) -> None:
+    """Refuse to keep weights that cannot compute: the earlier checkpoints are what the run can go on from.
+
+    Raises:
+        NonFiniteError: the loss of the probe rows, the same on every rank, is not finite.
+    """
+    if not math.isfinite(probe_loss):
+        raise NonFiniteError(
+            f"step {step}: no checkpoint is written, for with these weights the loss of the {PROBE_ROWS} probe rows is "
+            f"{probe_loss}, though every gradient was finite. Lower train.learning_rate, and go on from the checkpoint before."
+        )
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

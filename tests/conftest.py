@@ -61,6 +61,7 @@ def run_file(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
                 "schedule": "constant",
                 "precision": "fp32",
                 "collective_timeout_seconds": 60,
+                "hang_timeout_seconds": 50,
             },
             "deepspeed": {"zero_optimization": {"stage": 2}},
             "checkpoint": {"folder": str(tmp_path / name)},

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ds_trainer"
 PLAIN = {"arguments", "launch", "errors"}
-GROUND = {"comm", "protocols", "state"}
+GROUND = {"comm", "nonfinite", "protocols", "state"}
 PARTS = {"engine", "data", "model", "objectives", "checkpoint", "monitor"}
 LOOP = {"loop"}
 STORIES = {"train", "debug", "check", "export", "prepare", "assemble", "run_data"}
