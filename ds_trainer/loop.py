@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ds_trainer import comm, nonfinite
+from ds_trainer import comm, faults, nonfinite, whereabouts
 from ds_trainer.errors import NonFiniteError
 from ds_trainer.nonfinite import NonFinite, SamplesOf
 from ds_trainer.protocols import ModelBatch
@@ -83,21 +83,30 @@ def train(
     """
     engine.train_mode(True)
     while state.step < plan.max_steps:
+        faults.at_step(state.step + 1)
+        whereabouts.at("waiting for data", state.step + 1)
         window = next(windows, None)
         if window is None:
             break
+        whereabouts.at("counting targets")
         torch.manual_seed(step_seed(plan.seed, state.step, comm.rank()))
         num_tokens = sum(batch.num_tokens for batch in window)
         counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens], device=engine.device)
         counts = comm.sum_over_ranks(counts)
         num_targets = counts[0].clamp(min=1)
-        losses = [engine.micro_step(batch.to(engine.device), num_targets) for batch in window]
+        losses = []
+        for batch in window:
+            whereabouts.at("forward and backward")
+            faults.point("forward")
+            losses.append(engine.micro_step(batch.to(engine.device), num_targets))
+        whereabouts.at("updating")
         loss = sum(losses, torch.zeros((), device=engine.device))
         outcome = engine.end_step()
 
         begin = state.rows_consumed
         end = begin + plan.global_batch_size
         state.advance(rows_consumed=min(end, plan.total_rows or end), targets_and_tokens=counts)
+        whereabouts.at("logging")
         recorder.step(step=state.step, loss=loss, num_tokens=num_tokens, num_targets=num_targets, outcome=outcome)
         if outcome.applied:
             state.skipped_in_a_row = 0
@@ -139,6 +148,7 @@ def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float,
     engine.train_mode(False)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in batches:
+        whereabouts.at("evaluating")
         sums[0] += engine.evaluate(batch.to(engine.device))
         sums[1] += batch.num_targets
     nll_sum, num_targets = comm.sum_over_ranks(sums).tolist()

@@ -8,12 +8,13 @@ import math
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from ds_trainer import comm, loop
+from ds_trainer import comm, loop, whereabouts
 from ds_trainer.arguments.engine_config import offload_device, zero_stage
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
@@ -35,6 +36,7 @@ from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder, environment
+from ds_trainer.monitor.watchdog import Watchdog
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState
 
@@ -49,7 +51,9 @@ PROBE_TOLERANCE = 1e-3
 """How far a resumed engine's loss on them may be from the saved one, relative to it; on the same machine it is equal."""
 
 
-def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progress) -> TrainState:
+def train(
+    resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progress, on_hang: Callable[[BaseException], Any]
+) -> TrainState:
     """Run from the first line to the last checkpoint. Collective: every rank of the launch.
 
     Args:
@@ -57,6 +61,7 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
         launch: this process's place in the job.
         folder: the run folder; it exists.
         progress: where rank zero shows what happens.
+        on_hang: called in a thread of its own when this rank stands still; accounts for the error and ends the process.
 
     Returns:
         How far the run came.
@@ -66,14 +71,26 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
     """
     prepared = prepare(resolved, launch, progress.say)
     train_settings = resolved.settings.train
-    with comm.process_group(
-        prepared.device,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout_seconds=train_settings.collective_timeout_seconds,
+    with (
+        comm.process_group(
+            prepared.device,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout_seconds=train_settings.collective_timeout_seconds,
+        ),
+        Watchdog(
+            folder,
+            comm.gather_objects(socket.gethostname()),
+            timeout_seconds=train_settings.hang_timeout_seconds,
+            start_seconds=train_settings.collective_timeout_seconds,
+            end=on_hang,
+        ),
     ):
+        whereabouts.at("comparing the ranks")
         require_agreement(prepared)
+        whereabouts.at("building the engine")
         engine = build(prepared, progress.say)
+        whereabouts.at("resuming")
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:
             write_down(prepared, folder)
@@ -97,6 +114,7 @@ def train(resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progr
                 after_step=partial(evaluate_and_save, prepared, engine, folder, recorder, windows),
                 samples_of=samples_fed(prepared, engine),
             )
+        whereabouts.at("closing")
         windows.close()
         engine.close()
     return state
@@ -237,6 +255,7 @@ def evaluate_and_save(
     if is_last or is_due(state.step, settings.checkpoint.every_steps):
         loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
         require_finite(loss, state.step)
+        whereabouts.at("saving")
         frozen = settings.adapter is not None
         lanes = {name: cursor for each in comm.gather_objects(windows.cursors) for name, cursor in each.items()}
         path = manager.save(
