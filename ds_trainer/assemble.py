@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ds_trainer import comm, loop
+from ds_trainer import comm, faults, loop
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.deepspeed_keys import validate_blocks
 from ds_trainer.arguments.engine_config import (
@@ -131,6 +131,7 @@ def summary(prepared: Prepared) -> list[str]:
 def build(prepared: Prepared, report: Report) -> Engine:
     """Build the model with its adapter and objective, and the engine around it. Collective."""
     settings, config = prepared.resolved.settings, prepared.engine_config.config
+    faults.point("loading")
     attention.register_document_attention()
     with sharded_construction(config):
         model = construct(prepared, report)
@@ -144,9 +145,8 @@ def build(prepared: Prepared, report: Report) -> Engine:
         if settings.adapter:
             model = add_lora(model, settings.adapter.lora, settings.train.seed)
     loss = language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
-    trainable = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
-    total = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters())
-    report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trainable:,} of them trained; {loss}")
+    total, trained = parameter_counts(model)
+    report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trained:,} of them trained; {loss}")
     engine = build_engine(
         model,
         objective=language_model.nll_sum,
@@ -167,6 +167,12 @@ def build(prepared: Prepared, report: Report) -> Engine:
         )
         engine.train_mode(True)
     return engine
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """The model's parameters, and those of them that are trained; over all ranks where they are sharded."""
+    counts = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
 
 
 def construct(prepared: Prepared, report: Report) -> torch.nn.Module:

@@ -14,14 +14,17 @@ import traceback
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from ds_trainer import __version__
 from ds_trainer.errors import (
+    EXIT_BY_SIGNAL,
     EXIT_DONE,
     EXIT_FAILED,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
     EXIT_REFUSED,
     ArgumentsError,
     DsTrainerError,
@@ -29,6 +32,7 @@ from ds_trainer.errors import (
     LauncherError,
     RefusedError,
     ResumeError,
+    TrainingError,
 )
 
 if TYPE_CHECKING:
@@ -38,11 +42,18 @@ if TYPE_CHECKING:
     from ds_trainer.launch.commands import Commands
     from ds_trainer.launch.detect import Launch
     from ds_trainer.monitor.run_folder import RunFolder
+    from ds_trainer.monitor.signals import StopRequests
+
+_BEGUN = time.monotonic()
+"""When this process began, but for the interpreter's own start."""
 
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 """What gloo and NCCL say when a process at the other end is gone."""
 
-_LEFT_ALONE = "lost the connection to another rank"
+_LEFT_ALONE = (
+    "lost the connection to another rank, which ended without a word. Was it killed, for want of memory perhaps? "
+    "`dmesg` on its host and the launcher's lines tell."
+)
 _WAIT_FOR_SPEAKER_SECONDS = 5.0
 """Much longer than the starts of two ranks on one busy machine lie apart."""
 
@@ -119,18 +130,19 @@ def train(
     check_local_rank_argument(launch, context.obj)
     resolved = _resolve(config, deepspeed, overrides, sets, resume)
 
-    def story(folder: RunFolder, console: Console) -> str:
+    def story(folder: RunFolder, console: Console, requests: StopRequests) -> tuple[str, int]:
         from ds_trainer.monitor.progress import Progress
         from ds_trainer.train import train
 
         def hung(error: BaseException) -> NoReturn:
             _account_for(error, folder, launch, console, _continue_command(resolved, launch))
 
-        state = train(resolved, launch, folder, Progress(console if launch.rank == 0 else None), hung)
+        progress = Progress(console if launch.rank == 0 else None)
+        state, stopped = train(resolved, launch, folder, progress, requests, on_hang=hung)
         return (
             f"done: {state.step} steps, {state.rows_consumed} rows. Everything is in {folder.path}; as a Hugging Face model:\n"
             f"  ds_trainer export --run {folder.path} --to {folder.path / 'export'}"
-        )
+        ), stopped
 
     _run_in_folder(resolved, launch, story)
 
@@ -241,7 +253,7 @@ def prepare(
             story(resolved, console, world_size=world_size, show=show, workers=workers)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from where this one was, but for the last few seconds", markup=False)
-        raise typer.Exit(128 + signal.SIGINT) from None
+        raise typer.Exit(EXIT_BY_SIGNAL + signal.SIGINT) from None
 
 
 @app.command()
@@ -350,13 +362,18 @@ def _single_process() -> Launch:
     return single.launch
 
 
-def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any], str]) -> NoReturn:
+def _run_in_folder(
+    resolved: Resolved, launch: Launch, story: Callable[[RunFolder, Console, StopRequests], tuple[str, int]]
+) -> NoReturn:
     """Run a story with its output in the run folder, and account there for how it ended."""
     from ds_trainer.checkpoint.layout import newest_step
     from ds_trainer.monitor import logs
+    from ds_trainer.monitor.parents import Parents
+    from ds_trainer.monitor.progress import Progress
     from ds_trainer.monitor.run_folder import RunFolder
-    from ds_trainer.monitor.signals import on_ending_signal
+    from ds_trainer.monitor.signals import RANK_GONE, StopRequests
 
+    parents = Parents.now()
     folder = RunFolder(Path(resolved.settings.checkpoint.folder), launch.rank)
     folder.create()
     _check_resume(resolved, folder)
@@ -367,21 +384,46 @@ def _run_in_folder(resolved: Resolved, launch: Launch, story: Callable[[Any, Any
     logs.to_log_file(folder.log)
     command = _continue_command(resolved, launch)
 
-    def stopped(number: signal.Signals) -> None:
+    def end_at_once(reason: int) -> None:
+        if reason == RANK_GONE:
+            _account_for(TrainingError(_LEFT_ALONE), folder, launch, console, command)
+        stopped = Stopped(reason, nothing_lost=not requests.training)
         if launch.rank and not _ranks_have_met():
             # The folder may be another start's, and rank zero refused for that: nothing is written into it.
-            os._exit(128 + number)
-        _account_for(Stopped(number), folder, launch, console, command)
+            os._exit(stopped.exit_code)
+        _account_for(stopped, folder, launch, console, command)
 
-    on_ending_signal(stopped)
+    limit = resolved.settings.train.max_seconds
+    requests = StopRequests(
+        end=end_at_once,
+        say=Progress(console if launch.rank == 0 else None).say,
+        a_rank_failed=folder.first_failure.exists,
+        parents=parents,
+        deadline=_BEGUN + limit if limit and launch.rank == 0 else None,
+    )
+    requests.watch()
     try:
-        last_word = story(folder, console)
+        last_word, stopped = story(folder, console, requests)
     except BaseException as error:
         _account_for(error, folder, launch, console, command)
+    _ending.acquire()
     if launch.rank == 0:
-        folder.finish(EXIT_DONE, "done", step=newest_step(folder.checkpoints), command=command)
-        console.print(last_word, markup=False)
-    _leave(EXIT_DONE)
+        step = newest_step(folder.checkpoints)
+        reason = _why_stopped(stopped, limit) if stopped else "done"
+        folder.finish(EXIT_PREEMPTED if stopped else EXIT_DONE, reason, step=step, command=command)
+        console.print(f"ds_trainer: {reason}. {_onwards(step)} with: {command}" if stopped else last_word, markup=False)
+    _leave(EXIT_PREEMPTED if stopped else EXIT_DONE)
+
+
+def _why_stopped(reason: int, limit: int | None) -> str:
+    """Why a run ended before its time, all ranks together."""
+    from ds_trainer.monitor.signals import TIME_IS_UP, in_words
+
+    return f"train.max_seconds = {limit} is over" if reason == TIME_IS_UP else f"stopped by {in_words(reason)}"
+
+
+def _onwards(step: int | None) -> str:
+    return f"The run goes on from step {step}" if step else "There is no checkpoint yet: the run starts anew"
 
 
 def _ranks_have_met() -> bool:
@@ -403,11 +445,21 @@ def _check_resume(resolved: Resolved, folder: RunFolder) -> None:
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end."""
+    """This process is asked to end at once."""
 
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(f"stopped by {number.name}" + (" (Ctrl-C)" if number == signal.SIGINT else ""))
-        self.exit_code = 128 + number
+    def __init__(self, reason: int, *, nothing_lost: bool) -> None:
+        """Take the reason.
+
+        Args:
+            reason: a signal's number, or one of `monitor.signals`.
+            nothing_lost: no step was being worked on; a start by a scheduler may simply be repeated.
+        """
+        from ds_trainer.monitor.signals import LAUNCHER_GONE, in_words
+
+        super().__init__(f"stopped by {in_words(reason)}" + (" before training" if nothing_lost else ", at once"))
+        number = signal.SIGTERM if reason == LAUNCHER_GONE else reason
+        again = nothing_lost and number != signal.SIGINT  # who presses Ctrl-C wants no requeue
+        self.exit_code = EXIT_PREEMPTED if again else EXIT_BY_SIGNAL + number
 
 
 def _continue_command(resolved: Resolved, launch: Launch) -> str:
@@ -424,7 +476,7 @@ def _continue_command(resolved: Resolved, launch: Launch) -> str:
 def _account_for(error: BaseException, folder: RunFolder, launch: Launch, console: Console, command: str) -> NoReturn:
     """Name the first failing rank and the cause in one block, and leave at once: the other ranks may wait for ever."""
     _ending.acquire()  # until the end: a signal that comes now must not cut the last words short
-    code = getattr(error, "exit_code", EXIT_FAILED)
+    code = getattr(error, "exit_code", EXIT_OUT_OF_MEMORY if isinstance(error, MemoryError) else EXIT_FAILED)
     text = _in_words(error)
     if folder.record_error(error):
         from ds_trainer.checkpoint.layout import newest_step
@@ -461,9 +513,8 @@ def _last_words(
     who = f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()}"
     if isinstance(error, RefusedError):
         return [f"ds_trainer: {text}", *([f"({who})"] if launch.node_count > 1 else [])]
-    onwards = f"The run goes on from step {step}" if step else "There is no checkpoint yet: the run starts anew"
     if isinstance(error, Stopped):
-        return [f"ds_trainer: {text}. {onwards} with: {command}"]
+        return [f"ds_trainer: {text}. {_onwards(step)} with: {command}"]
     # The rank that speaks when another one vanished is not the one that failed.
     how = "was left alone" if text.startswith(_LEFT_ALONE) else "failed first"
     traces = f"Traceback: {folder.error}"
@@ -474,7 +525,7 @@ def _last_words(
         *(f"  {line}" for line in text.splitlines()),
         traces,
         f"Log: {folder.log}",
-        f"{onwards}, when the cause is mended, with",
+        f"{_onwards(step)}, when the cause is mended, with",
         f"  {command}",
     ]
 
@@ -486,10 +537,7 @@ def _in_words(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {str(error)[:500]}"
     if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
-        return (
-            f"{_LEFT_ALONE}, which ended without a word. Was it killed, for want of memory perhaps? "
-            f"`dmesg` on its host and the launcher's lines tell.\n({text.splitlines()[0]})"
-        )
+        return f"{_LEFT_ALONE}\n({text.splitlines()[0]})"
     return f"{text}\n({frame.filename}:{frame.lineno}, in {frame.name})"
 
 

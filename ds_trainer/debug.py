@@ -12,11 +12,12 @@ from rich.text import Text
 
 from ds_trainer import comm, loop
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.assemble import Prepared, arranged_windows, build, prepare, samples_fed
+from ds_trainer.assemble import Prepared, arranged_windows, build, parameter_counts, prepare, samples_fed
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder
+from ds_trainer.out_of_memory import explained_memory
 from ds_trainer.prepare import marked
 from ds_trainer.protocols import IGNORED, MicroBatch
 from ds_trainer.run_data import read_windows
@@ -46,8 +47,12 @@ def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Consol
     prepared = prepare(resolved, launch, say, keep_global=True)
     for text in shown_rows(prepared, show_rows, console.is_terminal):
         console.print(text)
-    with comm.process_group(prepared.device, rank=0, world_size=1, timeout_seconds=600):
+    with (
+        comm.process_group(prepared.device, rank=0, world_size=1, timeout_seconds=600),
+        explained_memory(prepared) as counts,
+    ):
         engine = build(prepared, say)
+        counts.extend(parameter_counts(engine.model))
         plan = dataclasses.replace(prepared.plan, max_steps=min(steps, prepared.plan.max_steps))
         state = TrainState()
         windows = arranged_windows(prepared, engine, state, say)

@@ -13,9 +13,25 @@ from dataclasses import dataclass
 EXIT_DONE = 0
 """The run is complete."""
 EXIT_FAILED = 1
-"""The run failed after it had started."""
+"""The run failed after it had started, for a reason that has no code of its own."""
 EXIT_REFUSED = 2
-"""The request was refused before training: arguments, launcher, data or model."""
+"""The request was refused before training: arguments, launcher, model, an op that cannot be built."""
+EXIT_DATA = 3
+"""The data is missing, unreadable or not what the run file says."""
+EXIT_DISAGREEMENT = 4
+"""The checkpoint does not fit the run, or the ranks do not fit one another."""
+EXIT_CHECKPOINT = 5
+"""A checkpoint or the run folder could not be written, or a checkpoint is damaged."""
+EXIT_NON_FINITE = 6
+"""Loss or gradients were not finite, more often than the settings allow."""
+EXIT_HANG = 7
+"""A rank made no progress for too long."""
+EXIT_OUT_OF_MEMORY = 8
+"""The device or the host had no more memory."""
+EXIT_PREEMPTED = 75
+"""Asked to end, and saved: start the same command again. The number is EX_TEMPFAIL, which schedulers requeue on."""
+EXIT_BY_SIGNAL = 128
+"""Plus the number of the signal that ended it at once."""
 
 
 class DsTrainerError(Exception):
@@ -37,6 +53,8 @@ class LauncherError(RefusedError):
 class DataError(RefusedError):
     """A data file is missing, unreadable or does not hold what the run file says; the text names path and line."""
 
+    exit_code = EXIT_DATA
+
 
 class ModelError(RefusedError):
     """The model or tokenizer cannot be loaded, or does not fit the data or the settings."""
@@ -44,6 +62,14 @@ class ModelError(RefusedError):
 
 class ResumeError(RefusedError):
     """The checkpoint that was asked for cannot be continued by this run; the text says what differs."""
+
+    exit_code = EXIT_DISAGREEMENT
+
+
+class DisagreementError(RefusedError):
+    """The ranks would train different runs; the text says what differs and on which ranks."""
+
+    exit_code = EXIT_DISAGREEMENT
 
 
 class BuildError(RefusedError):
@@ -53,27 +79,29 @@ class BuildError(RefusedError):
 class CheckpointError(DsTrainerError):
     """A checkpoint could not be written (disk full, no permission) or is damaged."""
 
-
-class RankError(RefusedError):
-    """The ranks would train different runs: other settings, data, versions or environment on some of them."""
-
-    exit_code = 4
+    exit_code = EXIT_CHECKPOINT
 
 
 class TrainingError(DsTrainerError):
-    """Training cannot go on: a worker that hangs, a lost peer."""
+    """Training cannot go on, for a reason that none of the types below names."""
 
 
 class NonFiniteError(TrainingError):
     """Losses, gradients or weights are not finite, and the settings say that the run ends there."""
 
-    exit_code = 6
+    exit_code = EXIT_NON_FINITE
 
 
 class HangError(TrainingError):
-    """A rank made no progress for `train.hang_timeout_seconds`."""
+    """A rank made no progress for too long; the text says which ranks did not arrive, and what each was doing."""
 
-    exit_code = 7
+    exit_code = EXIT_HANG
+
+
+class OutOfMemoryError(TrainingError):
+    """The device or the host had no more memory; the text says what holds it and what to change."""
+
+    exit_code = EXIT_OUT_OF_MEMORY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

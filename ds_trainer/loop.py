@@ -66,8 +66,9 @@ def train(
     recorder: StepRecorder,
     after_step: Callable[[TrainState], None],
     samples_of: SamplesOf = nonfinite.no_samples,
-) -> None:
-    """Train to the end of the plan or of the data. Collective.
+    stop: Callable[[], int] = lambda: 0,
+) -> int:
+    """Train to the end of the plan or of the data, or until a rank wants to stop. Collective.
 
     Args:
         engine: runs forward, backward and update.
@@ -77,18 +78,26 @@ def train(
         recorder: takes every step in.
         after_step: evaluates and saves when that is due.
         samples_of: names what this rank's micro-batches are made of.
+        stop: why this rank wants to stop, 0 when it does not; asked between two steps.
+
+    Returns:
+        Why the ranks stopped between two steps: the largest of what `stop` said on each; 0 at the end of the plan or the data.
 
     Raises:
         NonFiniteError: a loss or a gradient was not finite, and the plan does not let it pass.
     """
     engine.train_mode(True)
     while state.step < plan.max_steps:
-        faults.at_step(state.step + 1)
-        whereabouts.at("waiting for data", state.step + 1)
+        whereabouts.at("agreeing to go on", state.step + 1)
+        if reason := comm.largest(stop()):
+            return reason
+        whereabouts.at("waiting for data")
         window = next(windows, None)
         if window is None:
             break
         whereabouts.at("counting targets")
+        faults.at_step(state.step + 1)
+        faults.point("training")
         torch.manual_seed(step_seed(plan.seed, state.step, comm.rank()))
         num_tokens = sum(batch.num_tokens for batch in window)
         counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens], device=engine.device)
@@ -114,6 +123,7 @@ def train(
             found = nonfinite.find(state.step, losses, partial(samples_of, begin))
             judge(found, outcome, state, plan, recorder)
         after_step(state)
+    return 0
 
 
 def judge(found: NonFinite, outcome: Any, state: TrainState, plan: Plan, recorder: StepRecorder) -> None:
@@ -149,6 +159,7 @@ def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float,
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in batches:
         whereabouts.at("evaluating")
+        faults.point("evaluating")
         sums[0] += engine.evaluate(batch.to(engine.device))
         sums[1] += batch.num_targets
     nll_sum, num_targets = comm.sum_over_ranks(sums).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import socket
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ds_trainer import comm, loop, whereabouts
+from ds_trainer import comm, faults, loop, whereabouts
 from ds_trainer.arguments.engine_config import offload_device, zero_stage
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
@@ -24,6 +25,7 @@ from ds_trainer.assemble import (
     build,
     evaluate_rows,
     optimizer_name,
+    parameter_counts,
     prepare,
     samples_fed,
 )
@@ -31,12 +33,14 @@ from ds_trainer.checkpoint import manager
 from ds_trainer.data.loader import Windows
 from ds_trainer.data.sources import Report
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import EXIT_REFUSED, NonFiniteError, RefusedError, ResumeError
+from ds_trainer.errors import EXIT_REFUSED, DisagreementError, NonFiniteError, ResumeError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder, environment
+from ds_trainer.monitor.signals import StopRequests
 from ds_trainer.monitor.watchdog import Watchdog
+from ds_trainer.out_of_memory import explained_memory
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState
 
@@ -52,8 +56,13 @@ PROBE_TOLERANCE = 1e-3
 
 
 def train(
-    resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progress, on_hang: Callable[[BaseException], Any]
-) -> TrainState:
+    resolved: Resolved,
+    launch: Launch,
+    folder: RunFolder,
+    progress: Progress,
+    requests: StopRequests,
+    on_hang: Callable[[BaseException], Any],
+) -> tuple[TrainState, int]:
     """Run from the first line to the last checkpoint. Collective: every rank of the launch.
 
     Args:
@@ -61,10 +70,11 @@ def train(
         launch: this process's place in the job.
         folder: the run folder; it exists.
         progress: where rank zero shows what happens.
+        requests: whether this process is asked to end.
         on_hang: called in a thread of its own when this rank stands still; accounts for the error and ends the process.
 
     Returns:
-        How far the run came.
+        How far the run came, and why it ended before its time; 0 when it did not.
 
     Raises:
         DsTrainerError: with a text for the user.
@@ -85,11 +95,13 @@ def train(
             start_seconds=train_settings.collective_timeout_seconds,
             end=on_hang,
         ),
+        explained_memory(prepared) as counts,
     ):
         whereabouts.at("comparing the ranks")
         require_agreement(prepared)
         whereabouts.at("building the engine")
         engine = build(prepared, progress.say)
+        counts.extend(parameter_counts(engine.model))
         whereabouts.at("resuming")
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:
@@ -104,8 +116,10 @@ def train(
             write_events=engine.write_events,
             data_waits=lambda: windows.waited_seconds,
         )
+        first_step = state.step
+        requests.begin(peers=processes_here())
         with progress.bar(state.step, prepared.plan.max_steps):
-            loop.train(
+            stopped = loop.train(
                 engine,
                 windows,
                 state,
@@ -113,18 +127,32 @@ def train(
                 recorder,
                 after_step=partial(evaluate_and_save, prepared, engine, folder, recorder, windows),
                 samples_of=samples_fed(prepared, engine),
+                stop=requests.asked,
             )
+        if stopped:
+            requests.agreed(stopped)
+            recorder.finish()
+            if state.step > first_step and not is_due(state.step, resolved.settings.checkpoint.every_steps):
+                save_now(prepared, engine, folder, recorder, windows, state)
         whereabouts.at("closing")
         windows.close()
         engine.close()
-    return state
+        requests.over()
+        comm.largest(0)  # nobody leaves before all are: a launcher ends the others with a signal when the first one has left
+    return state, stopped
+
+
+def processes_here() -> list[int]:
+    """The processes of all ranks on this host. Collective."""
+    host = socket.gethostname()
+    return [process for where, process in comm.gather_objects((host, os.getpid())) if where == host]
 
 
 def require_agreement(prepared: Prepared) -> None:
     """Refuse ranks that would train different runs. Collective.
 
     Raises:
-        RefusedError: with what differs and on which ranks.
+        DisagreementError: with what differs and on which ranks.
     """
     facts = {
         "settings": digest(resolved_as_json(prepared.resolved)),
@@ -139,7 +167,7 @@ def require_agreement(prepared: Prepared) -> None:
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
             rank = odd[0]
-            raise RefusedError(
+            raise DisagreementError(
                 f"the ranks do not agree on the {name}: rank 0 on {everyone[0][0]} has {values[0]}, "
                 f"rank {rank} on {everyone[rank][0]} has {values[rank]} ({len(odd)} of {len(values)} ranks differ from "
                 "rank 0). Give every host the same files and the same versions."
@@ -253,24 +281,33 @@ def evaluate_and_save(
         loss, num_targets = evaluate_rows(prepared, engine, prepared.data.held_out, settings.evaluate.max_rows)
         recorder.evaluation(step=state.step, loss=loss, num_targets=num_targets)
     if is_last or is_due(state.step, settings.checkpoint.every_steps):
-        loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
-        require_finite(loss, state.step)
-        whereabouts.at("saving")
-        frozen = settings.adapter is not None
-        lanes = {name: cursor for each in comm.gather_objects(windows.cursors) for name, cursor in each.items()}
-        path = manager.save(
-            folder.checkpoints,
-            state.step,
-            lambda where, name: engine.save(where, name, exclude_frozen=frozen),
-            {
-                "state": {**state.to_json(), "stream": lanes},
-                "run": run_identity(prepared),
-                "probe": {"rows": PROBE_ROWS, "loss": loss, "num_targets": num_targets},
-                "settings": settings.model_dump(mode="json"),
-            },
-            keep_last=settings.checkpoint.keep_last,
-        )
-        recorder.saved(step=state.step, path=str(path))
+        save_now(prepared, engine, folder, recorder, windows, state)
+
+
+def save_now(
+    prepared: Prepared, engine: Engine, folder: RunFolder, recorder: Recorder, windows: Windows[ModelBatch], state: TrainState
+) -> None:
+    """Save a checkpoint of the step that is complete. Collective."""
+    settings = prepared.resolved.settings
+    faults.point("saving")
+    loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
+    require_finite(loss, state.step)
+    whereabouts.at("saving")
+    frozen = settings.adapter is not None
+    lanes = {name: cursor for each in comm.gather_objects(windows.cursors) for name, cursor in each.items()}
+    path = manager.save(
+        folder.checkpoints,
+        state.step,
+        lambda where, name: engine.save(where, name, exclude_frozen=frozen),
+        {
+            "state": {**state.to_json(), "stream": lanes},
+            "run": run_identity(prepared),
+            "probe": {"rows": PROBE_ROWS, "loss": loss, "num_targets": num_targets},
+            "settings": settings.model_dump(mode="json"),
+        },
+        keep_last=settings.checkpoint.keep_last,
+    )
+    recorder.saved(step=state.step, path=str(path))
 
 
 def require_finite(probe_loss: float, step: int) -> None:

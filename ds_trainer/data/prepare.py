@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from ds_trainer import faults
 from ds_trainer.arguments.schema import DataSection, Source
 from ds_trainer.data.cache import build_once, describe_files, fingerprint
 from ds_trainer.data.chunks import BadRecord, Chunk, TokenizedChunk
@@ -228,6 +229,7 @@ def _prepare_store(
 
     def build(target: Path, lease: Lease) -> Mapping[str, Any]:
         report(f"tokenising {source.source.path} into {folder}")
+        faults.point("tokenising")
         sizes = dict.fromkeys(map(str, source.files), 0)
         for each in files:
             path = each["path"]

@@ -7,6 +7,7 @@ descriptors. So the descriptors themselves are turned to the log file, and our o
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -22,12 +23,26 @@ from rich.console import Console
 from ds_trainer.errors import DsTrainerError
 
 
+class _Lasting(io.TextIOWrapper):
+    """A terminal that may go away, with its window or its connection, while the run goes on or saves."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
 def terminal(stream: TextIO | None = None) -> Console:
     """A console on the stream as it is now, so that it outlives `to_log_file`."""
     stream = stream or sys.stdout
     copy: IO[str] = stream
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor, as under pytest
-        copy = os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8", errors="replace")
+        raw = os.fdopen(os.dup(stream.fileno()), "wb")
+        copy = _Lasting(raw, encoding="utf-8", errors="replace", line_buffering=True)
     # A log file has no width: lines are not wrapped there.
     return Console(file=copy, highlight=False, soft_wrap=True)
 

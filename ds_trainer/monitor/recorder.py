@@ -40,6 +40,7 @@ class Recorder:
         self._waited = 0.0
         self.last_loss: float | None = None
         self.skipped = 0
+        self._last: tuple[int, Any] = 0, None
         self._watch = Stopwatch()
         self._reset()
 
@@ -61,11 +62,17 @@ class Recorder:
         self._tokens[0] += num_tokens
         self._tokens[1] += num_targets / comm.world_size()
         self.skipped += not outcome.applied
+        self._last = step, outcome
         due = step % self.every_steps == 0 or step == self.max_steps or step == 1
         if due:
             self._log(step, outcome)
         elif self.progress.live:
             self.progress.move(step)
+
+    def finish(self) -> None:
+        """Write the line of the last step, where it is not a log step. Collective."""
+        if self._losses:
+            self._log(*self._last)
 
     def _log(self, step: int, outcome: Any) -> None:
         shares = torch.stack(self._losses).to(torch.float64)

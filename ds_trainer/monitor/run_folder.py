@@ -48,6 +48,11 @@ class RunFolder:
         """The traceback of this rank, when it failed."""
         return self.path / "errors" / f"rank_{self.rank:05d}.txt"
 
+    @property
+    def first_failure(self) -> Path:
+        """Names the rank that failed first; it is there as soon as one has."""
+        return self.path / "errors" / "first_failure.txt"
+
     def create(self) -> None:
         """Make the folder and prove that it can be written. Every rank.
 
@@ -137,7 +142,7 @@ class RunFolder:
                     if error.__traceback__ is None:  # a signal: then where every thread was, for a run that hung
                         faulthandler.dump_traceback(file)
             # Only one rank can create it: the file system decides who was first.
-            with (folder / "first_failure.txt").open("x", encoding="utf-8") as marker:
+            with self.first_failure.open("x", encoding="utf-8") as marker:
                 marker.write(f"{self.error.name}\n")
             return True
         except FileExistsError:
