@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -13,9 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-
 from ds_trainer import comm, faults, loop, whereabouts
+from ds_trainer.agreement import digest, require_agreement
 from ds_trainer.arguments.engine_config import offload_device, zero_stage
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
@@ -33,7 +30,7 @@ from ds_trainer.checkpoint import manager
 from ds_trainer.data.loader import Windows
 from ds_trainer.data.sources import Report
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import EXIT_REFUSED, DisagreementError, NonFiniteError, ResumeError
+from ds_trainer.errors import EXIT_REFUSED, NonFiniteError, ResumeError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
@@ -146,37 +143,6 @@ def processes_here() -> list[int]:
     """The processes of all ranks on this host. Collective."""
     host = socket.gethostname()
     return [process for where, process in comm.gather_objects((host, os.getpid())) if where == host]
-
-
-def require_agreement(prepared: Prepared) -> None:
-    """Refuse ranks that would train different runs. Collective.
-
-    Raises:
-        DisagreementError: with what differs and on which ranks.
-    """
-    facts = {
-        "settings": digest(resolved_as_json(prepared.resolved)),
-        "engine config": digest(prepared.engine_config.config),
-        "model config": digest(prepared.model_config.to_dict()),
-        "data": prepared.data.fingerprint,
-        "torch": torch.__version__,
-    }
-    everyone = comm.gather_objects((socket.gethostname(), facts))
-    for name in facts:
-        values = [each[name] for _, each in everyone]
-        odd = [rank for rank, value in enumerate(values) if value != values[0]]
-        if odd:
-            rank = odd[0]
-            raise DisagreementError(
-                f"the ranks do not agree on the {name}: rank 0 on {everyone[0][0]} has {values[0]}, "
-                f"rank {rank} on {everyone[rank][0]} has {values[rank]} ({len(odd)} of {len(values)} ranks differ from "
-                "rank 0). Give every host the same files and the same versions."
-            )
-
-
-def digest(fields: Any) -> str:
-    """A short fingerprint of JSON-like fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_down(prepared: Prepared, folder: RunFolder) -> None:

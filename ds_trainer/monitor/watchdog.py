@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from typing import Any
 
 from ds_trainer import whereabouts
 from ds_trainer.errors import HangError
+from ds_trainer.monitor.metrics import as_ranges
 from ds_trainer.monitor.run_folder import RunFolder, now
 
 MARKER = "hang.txt"
@@ -216,7 +217,7 @@ def explain(answers: Mapping[int, Answer], hosts: Sequence[str], limit_seconds: 
         groups.setdefault((step, answer.phase, where), []).append(rank)
     rows = [("rank", "step", "phase", "where")]
     rows += [
-        (_ranges(ranks), *cells) for cells, ranks in sorted(groups.items(), key=lambda each: (len(each[1]), each[1]))[:_ROWS]
+        (as_ranges(ranks), *cells) for cells, ranks in sorted(groups.items(), key=lambda each: (len(each[1]), each[1]))[:_ROWS]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{_BEGINS}{limit_seconds:g} s."]
@@ -227,7 +228,7 @@ def explain(answers: Mapping[int, Answer], hosts: Sequence[str], limit_seconds: 
     blamed = waited_for(answers, world_size)
     if world_size > 1 and blamed:
         there = list(dict.fromkeys(hosts[rank] for rank in blamed))
-        lines.append(f"The others wait for rank {_ranges(blamed)} on {', '.join(there[:_ROWS])}.")
+        lines.append(f"The others wait for rank {as_ranges(blamed)} on {', '.join(there[:_ROWS])}.")
     elif world_size > 1:
         lines.append("All ranks stand at the same place: look at the network between them, and at errors/ for their stacks.")
     setting = "collective" if all(each.step is None for each in answers.values()) else "hang"
@@ -257,15 +258,3 @@ def _short(frame: tuple[str, int, str]) -> str:
     for root in ("/site-packages/", f"{_PACKAGE.parent}{os.sep}"):
         file = file.rpartition(root)[2]
     return f"{file}:{line} {name}"
-
-
-def _ranges(ranks: Iterable[int]) -> str:
-    """0-3, 5."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs]
-    return ", ".join(shown[:_ROWS]) + (f" and {len(shown) - _ROWS} more" if len(shown) > _ROWS else "")

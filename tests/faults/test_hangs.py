@@ -108,3 +108,34 @@ def test_a_slow_run_that_moves_is_left_alone(run_file, tmp_path):
     assert done.code == 0, done.text
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0
     assert list((tmp_path / "run" / "errors").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "zero", "one"),
+    [
+        ("setting", "settings.train.learning_rate = 0.01", "settings.train.learning_rate = 0.02"),
+        ("data", "data = ", "data = "),
+        ("environment", "environment.NCCL_ALGO = None", "environment.NCCL_ALGO = Tree"),
+    ],
+)
+def test_ranks_that_would_train_different_runs_are_refused_in_seconds(run_file, corpus, tmp_path, what, zero, one):
+    texts = (corpus / "texts.jsonl").read_text().splitlines(keepends=True)
+    for host, lines in (("host0", texts), ("host1", texts[:-1])):
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "texts.jsonl").write_text("".join(lines))
+    path = "texts.jsonl" if what == "data" else str(corpus / "texts.jsonl")
+    config = run_file("run", data={"sources": [{"path": path, "format": "text"}]})
+    worker = str(Path(__file__).parent / "workers" / "differing.py")
+    begun = time.monotonic()
+    done = run_command(torchrun(2, worker, what, "train", "--config", str(config)), cwd=tmp_path, timeout=90)
+    seconds = time.monotonic() - begun
+    assert done.text.count("the ranks would train different runs; nothing was started.") == 1, done.text
+    lines = done.text[done.text.index("ds_trainer: the ranks") :].splitlines()
+    assert lines[1].startswith("  rank 0 on ")
+    assert zero in lines[1]
+    assert lines[2].startswith("  rank 1 on ")
+    assert one in lines[2]
+    assert lines[1].partition(": ")[2] != lines[2].partition(": ")[2]
+    assert ended(tmp_path / "run")["code"] == 4
+    assert ended(tmp_path / "run")["continue"] is None
+    assert seconds < 60, "the start itself takes most of it"

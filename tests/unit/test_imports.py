@@ -13,7 +13,7 @@ PLAIN = {"arguments", "launch", "errors", "faults", "whereabouts"}
 GROUND = {"comm", "nonfinite", "protocols", "state"}
 PARTS = {"engine", "data", "model", "objectives", "checkpoint", "monitor"}
 LOOP = {"loop"}
-STORIES = {"train", "debug", "check", "export", "prepare", "assemble", "run_data", "out_of_memory"}
+STORIES = {"agreement", "train", "debug", "check", "export", "prepare", "assemble", "run_data", "out_of_memory"}
 TOP = {"cli", "__main__", "__init__"}
 HEAVY = {"torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers"}
 
