@@ -143,10 +143,9 @@ def judge(found: NonFinite, outcome: Any, state: TrainState, plan: Plan, recorde
         why = f"That is step {state.skipped_in_a_row} in a row, and train.max_skipped_steps = {plan.max_skipped_steps}."
     else:
         return
-    look = "Look at these samples, lower" if found.samples else "Lower"
-    raise NonFiniteError(
-        f"{found}. The weights were left as they were. {why} {look} train.learning_rate, or use bf16 instead of fp16."
-    )
+    advice = "Look at these samples, or lower" if found.samples else "Lower"
+    half = " bf16 has the range that fp16 lacks." if outcome.loss_scale != 1 else ""
+    raise NonFiniteError(f"{found}. The weights were left as they were. {why} {advice} train.learning_rate.{half}")
 
 
 def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float, int]:
