@@ -384,7 +384,12 @@ def _run_in_folder(
     logs.to_log_file(folder.log)
     command = _continue_command(resolved, launch)
 
+    code: int | None = None
+    """What this process leaves with; None while it works."""
+
     def end_at_once(reason: int) -> None:
+        if code is not None:  # all is said; what still hangs is a tracker that sends the last of what it holds
+            os._exit(code)
         if reason == RANK_GONE:
             _account_for(TrainingError(_LEFT_ALONE), folder, launch, console, command)
         stopped = Stopped(reason, nothing_lost=not requests.training)
@@ -407,12 +412,14 @@ def _run_in_folder(
     except BaseException as error:
         _account_for(error, folder, launch, console, command)
     _ending.acquire()
+    ending = EXIT_PREEMPTED if stopped else EXIT_DONE
     if launch.rank == 0:
         step = newest_step(folder.checkpoints)
         reason = _why_stopped(stopped, limit) if stopped else "done"
-        folder.finish(EXIT_PREEMPTED if stopped else EXIT_DONE, reason, step=step, command=command)
+        folder.finish(ending, reason, step=step, command=command)
         console.print(f"ds_trainer: {reason}. {_onwards(step)} with: {command}" if stopped else last_word, markup=False)
-    _leave(EXIT_PREEMPTED if stopped else EXIT_DONE)
+    code = ending
+    _leave(code)
 
 
 def _why_stopped(reason: int, limit: int | None) -> str:

@@ -66,7 +66,7 @@ def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Consol
             data_waits=lambda: windows.waited_seconds,
         )
         with progress.bar(0, plan.max_steps):
-            loop.train(engine, windows, state, plan, recorder, lambda state: None, samples_fed(prepared, engine))
+            loop.train(engine, windows, state, plan, recorder, lambda state: None, samples_of=samples_fed(prepared, engine))
         windows.close()
         engine.close()
     say(f"{state.step} steps ran in one process; nothing was saved. Metrics: {folder.metrics}")

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from ds_trainer.errors import RefusedError
 
 VARIABLE = "DS_TRAINER_FAULT"
-ACTIONS = ("kill", "stop", "raise", "enospc", "sleep", "freeze", "exit")
-"""SIGKILL, SIGSTOP, a ValueError, a full disk, `sleep=SECONDS`, an endless loop in C that keeps the interpreter's lock,
-`exit=CODE`.
+ACTIONS = ("kill", "stop", "raise", "enospc", "memory", "sleep", "freeze", "exit")
+"""SIGKILL, SIGSTOP, a ValueError, a full disk, memory that runs out, `sleep=SECONDS`, an endless loop in C that keeps the
+interpreter's lock, `exit=CODE`.
 """
 
 
@@ -83,6 +83,7 @@ def point(name: str) -> None:
     Raises:
         ValueError: a test asked for `raise`.
         OSError: a test asked for a full disk.
+        MemoryError: a test asked for more memory than there is.
     """
     if _faults is None:
         return
@@ -103,5 +104,7 @@ def _act(fault: Fault, name: str) -> None:
         raise ValueError(f"a test asked for this failure at {name}")
     elif fault.action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    elif fault.action == "memory":
+        bytearray(2**60)
     else:
         os.kill(os.getpid(), signal.SIGKILL if fault.action == "kill" else signal.SIGSTOP)

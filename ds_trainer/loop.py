@@ -65,8 +65,8 @@ def train(
     plan: Plan,
     recorder: StepRecorder,
     after_step: Callable[[TrainState], None],
-    samples_of: SamplesOf = nonfinite.no_samples,
     stop: Callable[[], int] = lambda: 0,
+    samples_of: SamplesOf = nonfinite.no_samples,
 ) -> int:
     """Train to the end of the plan or of the data, or until a rank wants to stop. Collective.
 
@@ -77,8 +77,8 @@ def train(
         plan: when the run ends.
         recorder: takes every step in.
         after_step: evaluates and saves when that is due.
-        samples_of: names what this rank's micro-batches are made of.
         stop: why this rank wants to stop, 0 when it does not; asked between two steps.
+        samples_of: names what this rank's micro-batches are made of.
 
     Returns:
         Why the ranks stopped between two steps: the largest of what `stop` said on each; 0 at the end of the plan or the data.

@@ -123,8 +123,8 @@ def train(
                 prepared.plan,
                 recorder,
                 after_step=partial(evaluate_and_save, prepared, engine, folder, recorder, windows),
-                samples_of=samples_fed(prepared, engine),
                 stop=requests.asked,
+                samples_of=samples_fed(prepared, engine),
             )
         if stopped:
             requests.agreed(stopped)
@@ -134,6 +134,7 @@ def train(
         whereabouts.at("closing")
         windows.close()
         engine.close()
+        faults.point("leaving")
         requests.over()
         comm.largest(0)  # nobody leaves before all are: a launcher ends the others with a signal when the first one has left
     return state, stopped

@@ -59,6 +59,7 @@ class StopRequests:
         self._deadline = deadline
         self._peers: Sequence[int] = ()
         self._asked = 0
+        self._met_one = False
         self._training = False
         self._deaf_until = 0.0
         self._orphan = False
@@ -99,14 +100,15 @@ class StopRequests:
 
     def agreed(self, reason: int) -> None:
         """All ranks end for this reason, which may be another rank's. The work on a step is over, saving comes now."""
-        if not self._asked:
+        if not self._met_one:
             self._deaf_until = time.monotonic() + SAME_SECONDS
             self._say(f"{in_words(reason)}: ending after this step")
         self._asked, self._orphan_until = reason, float("inf")
 
     def over(self) -> None:
-        """The run has ended and is saved: what comes now would only cut its last words short."""
+        """The run has ended and is saved: what comes now would only cut its last words short; later it ends at once again."""
         self._deaf_until = time.monotonic() + LEAVING_SECONDS
+        self._training = False
 
     def _watch(self, reader: int) -> None:
         while True:
@@ -123,18 +125,19 @@ class StopRequests:
             if not self._asked:
                 self._take(LAUNCHER_GONE, gone)
         if now > self._orphan_until:
-            self._end(self._asked)
-        if self._asked and now > self._deaf_until:
+            self._end(LAUNCHER_GONE)
+        if self._asked and self._training and now > self._deaf_until:
             self._end_with_the_others()
 
     def _take(self, reason: int, words: str) -> None:
         now = time.monotonic()
         if now < self._deaf_until:
             return
-        if self._asked or not self._training:
+        if self._met_one or not self._training:
             self._end(reason)
         self._end_with_the_others()
-        self._asked, self._deaf_until = reason, now + SAME_SECONDS
+        self._met_one, self._deaf_until = True, now + SAME_SECONDS
+        self._asked = self._asked or reason
         self._say(f"{words}: saving after this step, then ending; a second signal ends at once")
 
     def _end_with_the_others(self) -> None:
@@ -157,4 +160,5 @@ def in_words(reason: int) -> str:
 def _forget() -> None:
     signal.set_wakeup_fd(-1)
     for each in ENDING:
-        signal.signal(each, signal.SIG_DFL)
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)

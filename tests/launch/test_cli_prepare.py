@@ -34,7 +34,7 @@ def defects(tmp_path):
 def test_every_bad_record_is_listed_with_its_line_and_its_reason(run_file, defects, tmp_path):
     config = run_file("bad", data={"sources": [{"path": "planted.jsonl"}]})
     refused = run_command([*PREPARE, str(config)], cwd=tmp_path, timeout=60)
-    assert refused.code == 2, refused.text
+    assert refused.code == 3, refused.text
     assert "planted.jsonl: 7 bad records (" in refused.err
     report = json.loads((tmp_path / "bad" / "data_report.json").read_text())
     [source] = report["data"]["sources"]

@@ -58,8 +58,10 @@ def test_a_point_with_a_step_acts_at_that_step_only(ask):
         faults.point("saving")
 
 
-def test_a_full_disk_and_a_pause(ask, capfd):
-    ask("saving=enospc,loading=sleep=0.2")
+def test_a_full_disk_too_little_memory_and_a_pause(ask, capfd):
+    ask("saving=enospc,loading=sleep=0.2,training=memory")
+    with pytest.raises(MemoryError):
+        faults.point("training")
     with pytest.raises(OSError, match="No space left") as caught:
         faults.point("saving")
     assert caught.value.errno == errno.ENOSPC

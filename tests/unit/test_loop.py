@@ -68,7 +68,7 @@ def run(engine, windows, *, max_steps=5, total_rows=None, state=None, seed=0, **
     state, recorder, seen = state or TrainState(), Recorder(), []
     policy = {"max_skipped_steps": 2, **policy}
     plan = loop.Plan(max_steps=max_steps, global_batch_size=4, total_rows=total_rows, seed=seed, **policy)
-    loop.train(engine, iter(windows), state, plan, recorder, lambda now: seen.append(now.step), samples_of)
+    loop.train(engine, iter(windows), state, plan, recorder, lambda now: seen.append(now.step), samples_of=samples_of)
     return state, recorder, seen
 
 
@@ -78,6 +78,24 @@ def test_it_runs_to_max_steps_and_counts_in_the_right_units():
     assert state.to_json() == {**counts, "skipped_in_a_row": 0}
     assert recorder.losses == pytest.approx([1.0] * 5)
     assert seen == [1, 2, 3, 4, 5]
+
+
+def test_a_wish_to_stop_is_heard_between_two_steps_and_handed_back():
+    state, recorder, seen = TrainState(), Recorder(), []
+    plan = loop.Plan(max_steps=5, global_batch_size=4, total_rows=None, seed=0)
+
+    def after_step(now):
+        seen.append(now.step)
+
+    def stop():
+        return 15 if state.step == 2 else 0
+
+    windows = iter([[batch(3)]] * 9)
+    assert loop.train(CountingEngine(), windows, state, plan, recorder, after_step, stop) == 15
+    assert (state.step, seen, len(recorder.losses)) == (2, [1, 2], 2)
+    assert len(list(windows)) == 7, "no window is taken that is not trained"
+    assert loop.train(CountingEngine(), iter([[batch(3)]] * 9), state, plan, recorder, after_step) == 0
+    assert state.step == 5
 
 
 def test_it_ends_with_the_data_and_does_not_count_rows_that_are_not_there():

@@ -72,21 +72,35 @@ print("still here")
     assert code == 9
 
 
-def test_another_rank_s_wish_is_said_once_and_its_signal_is_not_a_second_one(tmp_path):
+def test_another_rank_s_wish_is_said_once_and_counts_as_no_signal_of_this_one(tmp_path):
     script = """
 requests.begin()
 requests.agreed(signal.SIGUSR1)
 send(signal.SIGTERM)
-print(requests.asked())
+print(requests.asked(), flush=True)
+time.sleep(0.5)
+send(signal.SIGTERM)
+print(requests.asked(), flush=True)
+time.sleep(0.5)
+send(signal.SIGTERM)
 """
-    assert told(script, tmp_path) == (0, ["SIGUSR1: ending after this step", "10"])
+    own = "SIGTERM: saving after this step, then ending; a second signal ends at once"
+    assert told(script, tmp_path) == (9, ["SIGUSR1: ending after this step", "10", own, "10", "ended for 15"])
 
 
 def test_when_the_run_is_over_the_launcher_s_signals_are_passed_over(tmp_path):
-    assert told("requests.begin(); send(signal.SIGTERM); requests.over(); send(signal.SIGTERM); print('left')", tmp_path) == (
-        0,
-        ["SIGTERM: saving after this step, then ending; a second signal ends at once", "left"],
-    )
+    script = """
+requests.begin()
+send(signal.SIGTERM)
+time.sleep(0.5)
+requests.over()
+send(signal.SIGTERM)
+print("leaving", flush=True)
+time.sleep(0.5)
+send(signal.SIGTERM)
+"""
+    said = ["SIGTERM: saving after this step, then ending; a second signal ends at once", "leaving", "ended for 15"]
+    assert told(script, tmp_path) == (9, said)
 
 
 def test_a_signal_after_another_rank_failed_ends_at_once_since_no_step_will_end(tmp_path):
