@@ -23,3 +23,9 @@ def test_many_differences_do_not_fill_the_terminal():
     assert len(lines) == 1 + 8 + 2 + 1
     assert lines[9:11] == ["  and 292 more groups of ranks", "  and 42 more differences"]
     assert all(len(line) < 400 for line in lines)
+
+
+def test_what_is_not_there_differs_from_what_is_none():
+    text = disagreement(["a", "b"], [{"settings": {"train.epochs": None}}, {"settings": {"train.seed": 1}}])
+    assert "  rank 0 on a: settings.train.epochs = None, settings.train.seed = (not there)\n" in text
+    assert "  rank 1 on b: settings.train.epochs = (not there), settings.train.seed = 1\n" in text
