@@ -256,6 +256,7 @@ def save_now(
 ) -> None:
     """Save a checkpoint of the step that is complete. Collective."""
     settings = prepared.resolved.settings
+    whereabouts.at("saving")
     faults.point("saving")
     loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
     require_finite(loss, state.step)
