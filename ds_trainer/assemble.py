@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_lora, base_of
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import ModelBatch
-from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows
+from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows, samples_of_micro_batch
 from ds_trainer.state import TrainState
 
 
@@ -208,6 +209,18 @@ def arranged_windows(prepared: Prepared, engine: Engine, state: TrainState, repo
         rank=comm.rank(),
         data_parallel_size=engine.data_parallel_size,
         report=report,
+    )
+
+
+def samples_fed(prepared: Prepared, engine: Engine) -> Callable[[int, int], list[str]]:
+    """A function (rows consumed before a step, micro-batch) -> the samples this rank feeds there, as path:line."""
+    return partial(
+        samples_of_micro_batch,
+        data=prepared.data,
+        batch=prepared.batch,
+        plan=prepared.plan,
+        rank=comm.rank(),
+        data_parallel_size=engine.data_parallel_size,
     )
 
 

@@ -28,6 +28,7 @@ from ds_trainer.errors import (
     EXIT_REFUSED,
     ArgumentsError,
     DsTrainerError,
+    HangError,
     LauncherError,
     RefusedError,
     ResumeError,
@@ -133,7 +134,11 @@ def train(
         from ds_trainer.monitor.progress import Progress
         from ds_trainer.train import train
 
-        state, stopped = train(resolved, launch, folder, Progress(console if launch.rank == 0 else None), requests)
+        def hung(error: BaseException) -> NoReturn:
+            _account_for(error, folder, launch, console, _continue_command(resolved, launch))
+
+        progress = Progress(console if launch.rank == 0 else None)
+        state, stopped = train(resolved, launch, folder, progress, requests, on_hang=hung)
         return (
             f"done: {state.step} steps, {state.rows_consumed} rows. Everything is in {folder.path}; as a Hugging Face model:\n"
             f"  ds_trainer export --run {folder.path} --to {folder.path / 'export'}"
@@ -573,10 +578,13 @@ def _last_words(
         return [f"ds_trainer: {text}. {_onwards(step)} with: {command}"]
     # The rank that speaks when another one vanished is not the one that failed.
     how = "was left alone" if text.startswith(_LEFT_ALONE) else "failed first"
+    traces = f"Traceback: {folder.error}"
+    if isinstance(error, HangError):
+        how, traces = "found that the run hangs", f"Stacks of the ranks: {folder.error.parent}"
     return [
         f"\nds_trainer: {who} {how}:",
         *(f"  {line}" for line in text.splitlines()),
-        f"Traceback: {folder.error}",
+        traces,
         f"Log: {folder.log}",
         f"{_onwards(step)}, when the cause is mended, with",
         f"  {command}",

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ds_trainer import comm, loop
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.assemble import Prepared, arranged_windows, build, parameter_counts, prepare
+from ds_trainer.assemble import Prepared, arranged_windows, build, parameter_counts, prepare, samples_fed
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
@@ -66,7 +66,7 @@ def debug(resolved: Resolved, launch: Launch, folder: RunFolder, console: Consol
             data_waits=lambda: windows.waited_seconds,
         )
         with progress.bar(0, plan.max_steps):
-            loop.train(engine, windows, state, plan, recorder, after_step=lambda state: None)
+            loop.train(engine, windows, state, plan, recorder, lambda state: None, samples_of=samples_fed(prepared, engine))
         windows.close()
         engine.close()
     say(f"{state.step} steps ran in one process; nothing was saved. Metrics: {folder.metrics}")

@@ -87,7 +87,7 @@ class TrainingError(DsTrainerError):
 
 
 class NonFiniteError(TrainingError):
-    """Loss or gradients were not finite, more often than the settings allow."""
+    """Losses, gradients or weights are not finite, and the settings say that the run ends there."""
 
     exit_code = EXIT_NON_FINITE
 

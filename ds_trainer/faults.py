@@ -7,17 +7,21 @@ out (`saving=stop`, `saving::4=stop`) and then mean any. What a point did is sai
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ds_trainer.errors import RefusedError
 
 VARIABLE = "DS_TRAINER_FAULT"
-ACTIONS = ("kill", "stop", "raise", "enospc", "memory", "sleep", "exit")
-"""SIGKILL, SIGSTOP, a ValueError, a full disk, memory that runs out, `sleep=SECONDS`, `exit=CODE`."""
+ACTIONS = ("kill", "stop", "raise", "enospc", "memory", "sleep", "freeze", "exit")
+"""SIGKILL, SIGSTOP, a ValueError, a full disk, memory that runs out, `sleep=SECONDS`, an endless loop in C that keeps the
+interpreter's lock, `exit=CODE`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ def point(name: str) -> None:
 def _act(fault: Fault, name: str) -> None:
     if fault.action == "sleep":
         time.sleep(fault.amount)
+    elif fault.action == "freeze":
+        deque(itertools.repeat(None), maxlen=0)
     elif fault.action == "exit":
         os._exit(int(fault.amount))
     elif fault.action == "raise":

@@ -6,17 +6,22 @@ the checkpoints, so that nothing here can make one rank wait for another that do
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ds_trainer import comm, faults
+from ds_trainer import comm, faults, nonfinite, whereabouts
 from ds_trainer.errors import NonFiniteError
+from ds_trainer.nonfinite import NonFinite, SamplesOf
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState, step_seed
+
+logger = logging.getLogger("ds_trainer")
 
 
 class TrainEngine(Protocol):
@@ -34,6 +39,7 @@ class StepRecorder(Protocol):
     """What the loop needs of a recorder; `monitor.recorder.Recorder` is one."""
 
     def step(self, *, step: int, loss: Tensor, num_tokens: int, num_targets: Tensor, outcome: Any) -> None: ...  # noqa: D102
+    def skipped_step(self, text: str, fields: dict[str, Any]) -> None: ...  # noqa: D102
     def evaluation(self, *, step: int, loss: float, num_targets: int) -> None: ...  # noqa: D102
 
 
@@ -46,8 +52,10 @@ class Plan:
     total_rows: int | None
     """Rows of the whole run when it ends with the data; None when it ends with max_steps."""
     seed: int
-    max_skipped: int = 20
-    """Steps in a row that may be skipped for non-finite gradients before the run ends."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """What follows a step whose losses or gradients were not finite; it never moves the weights."""
+    max_skipped_steps: int = 20
+    """Such steps in a row that `skip` lets pass."""
 
 
 def train(
@@ -58,6 +66,7 @@ def train(
     recorder: StepRecorder,
     after_step: Callable[[TrainState], None],
     stop: Callable[[], int] = lambda: 0,
+    samples_of: SamplesOf = nonfinite.no_samples,
 ) -> int:
     """Train to the end of the plan or of the data, or until a rank wants to stop. Collective.
 
@@ -69,21 +78,24 @@ def train(
         recorder: takes every step in.
         after_step: evaluates and saves when that is due.
         stop: why this rank wants to stop, 0 when it does not; asked between two steps.
+        samples_of: names what this rank's micro-batches are made of.
 
     Returns:
         Why the ranks stopped between two steps: the largest of what `stop` said on each; 0 at the end of the plan or the data.
 
     Raises:
-        NonFiniteError: too many steps in a row had gradients that were not finite.
+        NonFiniteError: a loss or a gradient was not finite, and the plan does not let it pass.
     """
-    skipped = 0
     engine.train_mode(True)
     while state.step < plan.max_steps:
+        whereabouts.at("agreeing to go on", state.step + 1)
         if reason := comm.largest(stop()):
             return reason
+        whereabouts.at("waiting for data")
         window = next(windows, None)
         if window is None:
             break
+        whereabouts.at("counting targets")
         faults.at_step(state.step + 1)
         faults.point("training")
         torch.manual_seed(step_seed(plan.seed, state.step, comm.rank()))
@@ -91,22 +103,49 @@ def train(
         counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens], device=engine.device)
         counts = comm.sum_over_ranks(counts)
         num_targets = counts[0].clamp(min=1)
-        loss = torch.zeros((), device=engine.device)
+        losses = []
         for batch in window:
-            loss += engine.micro_step(batch.to(engine.device), num_targets)
+            whereabouts.at("forward and backward")
+            faults.point("forward")
+            losses.append(engine.micro_step(batch.to(engine.device), num_targets))
+        whereabouts.at("updating")
+        loss = sum(losses, torch.zeros((), device=engine.device))
         outcome = engine.end_step()
 
-        end = state.rows_consumed + plan.global_batch_size
+        begin = state.rows_consumed
+        end = begin + plan.global_batch_size
         state.advance(rows_consumed=min(end, plan.total_rows or end), targets_and_tokens=counts)
-        skipped = 0 if outcome.applied else skipped + 1
+        whereabouts.at("logging")
         recorder.step(step=state.step, loss=loss, num_tokens=num_tokens, num_targets=num_targets, outcome=outcome)
-        if skipped > plan.max_skipped:
-            raise NonFiniteError(
-                f"the gradients of the last {skipped} steps were not finite, up to step {state.step}. "
-                "Lower train.learning_rate, use bf16 instead of fp16, or look at the data of these steps."
-            )
+        if outcome.applied:
+            state.skipped_in_a_row = 0
+        else:  # on every rank alike
+            found = nonfinite.find(state.step, losses, partial(samples_of, begin))
+            judge(found, outcome, state, plan, recorder)
         after_step(state)
     return 0
+
+
+def judge(found: NonFinite, outcome: Any, state: TrainState, plan: Plan, recorder: StepRecorder) -> None:
+    """Say what kept a step from moving the weights, and end the run when the plan says so.
+
+    Raises:
+        NonFiniteError: it does.
+    """
+    if outcome.seeks_loss_scale and not found.micro_batches:
+        logger.info("step %d: the gradients overflow fp16, the loss scale is now %g", state.step, outcome.loss_scale)
+        return
+    state.skipped_in_a_row += 1
+    recorder.skipped_step(str(found), found.as_fields())
+    if plan.on_nonfinite == "stop":
+        why = "train.on_nonfinite = stop ends the run here; skip would go on without this step."
+    elif state.skipped_in_a_row > plan.max_skipped_steps:
+        why = f"That is step {state.skipped_in_a_row} in a row, and train.max_skipped_steps = {plan.max_skipped_steps}."
+    else:
+        return
+    advice = "Look at these samples, or lower" if found.samples else "Lower"
+    half = " bf16 has the range that fp16 lacks." if outcome.loss_scale != 1 else ""
+    raise NonFiniteError(f"{found}. The weights were left as they were. {why} {advice} train.learning_rate.{half}")
 
 
 def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float, int]:
@@ -118,6 +157,7 @@ def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float,
     engine.train_mode(False)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in batches:
+        whereabouts.at("evaluating")
         faults.point("evaluating")
         sums[0] += engine.evaluate(batch.to(engine.device))
         sums[1] += batch.num_targets

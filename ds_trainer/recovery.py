@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
+import math
 from typing import Any
 
-from ds_trainer import comm, faults
+from ds_trainer import comm, faults, whereabouts
+from ds_trainer.agreement import digest
 from ds_trainer.arguments.engine_config import offload_device, written_optimizer, zero_stage
 from ds_trainer.assemble import Prepared, evaluate_rows
 from ds_trainer.checkpoint import manager
 from ds_trainer.checkpoint.keep import Keep
-from ds_trainer.checkpoint.saver import Saved, Saver
+from ds_trainer.checkpoint.saver import Saver
 from ds_trainer.checkpoint.slices import SliceReader
 from ds_trainer.data.loader import Windows
 from ds_trainer.data.sources import Report
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import CheckpointError, ResumeError
+from ds_trainer.errors import CheckpointError, NonFiniteError, ResumeError
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder
 from ds_trainer.protocols import ModelBatch
@@ -64,10 +63,13 @@ class Saving:
             state: how far the run has come.
             held_out_loss: of this step, when it was evaluated.
         """
+        whereabouts.at("saving")
         faults.point("saving")
         prepared, engine = self._prepared, self._engine
         self.finish()
         loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
+        require_finite(loss, state.step)
+        whereabouts.at("saving")
         lanes = {name: cursor for each in comm.gather_objects(self._windows.cursors) for name, cursor in each.items()}
         slices, rest = engine.snapshot(copy=self._saver.background)
         self._saver.start(
@@ -84,7 +86,14 @@ class Saving:
             },
         )
         self.last_step = state.step
+        if not self._saver.background:
+            self._saver.wait()
         self._recorder.stopped_for_save()
+
+    def finish(self) -> None:
+        """As `poll`, but waits for it."""
+        self._saver.wait()
+        self.poll()
 
     def poll(self) -> None:
         """Say what became of the checkpoint that was being written, if that is known.
@@ -92,15 +101,8 @@ class Saving:
         Raises:
             CheckpointError: it could not be written, and the run shall end then.
         """
-        self._take_in(self._saver.poll)
-
-    def finish(self) -> None:
-        """As `poll`, but waits for it."""
-        self._take_in(self._saver.wait)
-
-    def _take_in(self, ask: Callable[[], Saved | None]) -> None:
         try:
-            saved = ask()
+            saved = self._saver.poll()
         except CheckpointError as error:
             if not self._goes_on:
                 raise
@@ -209,6 +211,14 @@ def optimization(prepared: Prepared) -> dict[str, Any]:
     return found
 
 
-def digest(fields: Any) -> str:
-    """A short fingerprint of JSON-like fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def require_finite(probe_loss: float, step: int) -> None:
+    """Refuse to keep weights that cannot compute: the earlier checkpoints are what the run can go on from.
+
+    Raises:
+        NonFiniteError: the loss of the probe rows, the same on every rank, is not finite.
+    """
+    if not math.isfinite(probe_loss):
+        raise NonFiniteError(
+            f"step {step}: no checkpoint is written, for with these weights the loss of the {PROBE_ROWS} probe rows is "
+            f"{probe_loss}, though every gradient was finite. Lower train.learning_rate, and go on from the checkpoint before."
+        )

@@ -15,11 +15,12 @@ from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.schema import RunSettings
 from ds_trainer.data.loader import Windows, windows
-from ds_trainer.data.order import Order, passes, steps_for
+from ds_trainer.data.order import Order, passes, positions_of_window, steps_for
 from ds_trainer.data.order import total_rows as total_rows_of
 from ds_trainer.data.prepare import Show, prepare_rows
 from ds_trainer.data.rows import TokenRows
 from ds_trainer.data.sources import Report
+from ds_trainer.data.store import where
 from ds_trainer.data.stream import StreamPlan, StreamWindows, plan_stream
 from ds_trainer.errors import DataError
 from ds_trainer.loop import Plan
@@ -153,6 +154,8 @@ def plan_steps(resolved: Resolved, rows: TokenRows | None, batch: BatchPlan) -> 
         global_batch_size=batch.global_batch_size,
         total_rows=total_rows,
         seed=train_settings.seed,
+        on_nonfinite=train_settings.on_nonfinite,
+        max_skipped_steps=train_settings.max_skipped_steps,
     )
 
 
@@ -174,6 +177,52 @@ def length_of(plan: Plan, data: RunData) -> str:
         names = [pool.stores[0].meta["path"] for pool in data.rows.pools]
         return f"{text}: " + ", ".join(f"{count:.2f} epochs of {name}" for name, count in zip(names, each, strict=True))
     return f"{text}, {rows_fed / data.rows.num_rows:.2f} epochs"
+
+
+def order_of(rows: TokenRows, plan: Plan) -> Order:
+    """Which row is fed at which position of a run."""
+    return Order(
+        num_rows=tuple(pool.num_rows for pool in rows.pools),
+        weights=rows.weights,
+        seed=plan.seed,
+        total_rows=plan.total_rows,
+    )
+
+
+def samples_of_micro_batch(
+    rows_consumed: int,
+    micro_batch: int,
+    data: RunData,
+    batch: BatchPlan,
+    plan: Plan,
+    *,
+    rank: int,
+    data_parallel_size: int,
+) -> list[str]:
+    """What one micro-batch of a rank is made of, as path:line of each sample; empty for a stream, which has no order.
+
+    Args:
+        rows_consumed: rows the whole job had consumed before the step.
+        micro_batch: its place in the rank's window, from 0.
+        data: what the run is fed.
+        batch: the solved batch arithmetic.
+        plan: seed and end of the run.
+        rank: 0 <= rank < data_parallel_size.
+        data_parallel_size: ranks that see different rows.
+    """
+    if data.rows is None:
+        return []
+    positions = positions_of_window(
+        rows_consumed,
+        micro_batch_size=batch.micro_batch_size,
+        gradient_accumulation_steps=batch.gradient_accumulation_steps,
+        rank=rank,
+        data_parallel_size=data_parallel_size,
+    )
+    order = order_of(data.rows, plan)
+    rows = [row for position in positions[micro_batch] if (row := order.row_at(position)) is not None]
+    samples = [sample for row in rows for sample in data.rows.samples(row)]
+    return [f"{where(store.meta['files_read'], document)}:{store.line(document)}" for store, document in samples]
 
 
 def read_windows(
@@ -202,12 +251,7 @@ def read_windows(
     assert data.rows
     return windows(
         data.rows,
-        Order(
-            num_rows=tuple(pool.num_rows for pool in data.rows.pools),
-            weights=data.rows.weights,
-            seed=plan.seed,
-            total_rows=plan.total_rows,
-        ),
+        order_of(data.rows, plan),
         first_position=state.rows_consumed,
         workers=settings.data.workers,
         timeout_seconds=settings.data.timeout_seconds,

@@ -18,12 +18,15 @@ class TrainState:
         rows_consumed: int = 0,
         tokens_seen: int = 0,
         targets_seen: int = 0,
+        skipped_in_a_row: int = 0,
         stream: dict[str, Any] | None = None,
     ) -> None:
         self.step = step
         """Optimizer steps that are complete."""
         self.rows_consumed = rows_consumed
         """Rows fed: the position in the order of the data."""
+        self.skipped_in_a_row = skipped_in_a_row
+        """Steps up to this one whose losses or gradients were not finite; 0 after a step that moved the weights."""
         self.stream = stream or {}
         """Where the lanes of a stream were when the run was resumed: the position of data that has no order of its own."""
         self._targets_and_tokens: Tensor | None = None
@@ -50,6 +53,7 @@ class TrainState:
             "rows_consumed": self.rows_consumed,
             "tokens_seen": self._before[1] + tokens,
             "targets_seen": self._before[0] + targets,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     @classmethod
@@ -57,7 +61,7 @@ class TrainState:
         """The state that `to_json` wrote."""
         names = ("step", "rows_consumed", "tokens_seen", "targets_seen")
         counts = {name: int(fields[name]) for name in names}
-        return cls(**counts, stream=fields.get("stream"))
+        return cls(**counts, skipped_in_a_row=int(fields.get("skipped_in_a_row", 0)), stream=fields.get("stream"))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -6,11 +6,12 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-import torch
-
-from ds_trainer import comm, faults, loop
+from ds_trainer import comm, faults, loop, whereabouts
+from ds_trainer.agreement import require_agreement
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.arguments.report import resolved_as_json
 from ds_trainer.assemble import (
@@ -20,21 +21,28 @@ from ds_trainer.assemble import (
     evaluate_rows,
     parameter_counts,
     prepare,
+    samples_fed,
 )
 from ds_trainer.engine.wrapper import Engine
-from ds_trainer.errors import EXIT_REFUSED, DisagreementError
+from ds_trainer.errors import EXIT_REFUSED
 from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder, environment
 from ds_trainer.monitor.signals import StopRequests
+from ds_trainer.monitor.watchdog import Watchdog
 from ds_trainer.out_of_memory import explained_memory
-from ds_trainer.recovery import Saving, digest, resume
+from ds_trainer.recovery import Saving, resume
 from ds_trainer.state import TrainState
 
 
 def train(
-    resolved: Resolved, launch: Launch, folder: RunFolder, progress: Progress, requests: StopRequests
+    resolved: Resolved,
+    launch: Launch,
+    folder: RunFolder,
+    progress: Progress,
+    requests: StopRequests,
+    on_hang: Callable[[BaseException], Any],
 ) -> tuple[TrainState, int]:
     """Run from the first line to the last checkpoint. Collective: every rank of the launch.
 
@@ -44,6 +52,7 @@ def train(
         folder: the run folder; it exists.
         progress: where rank zero shows what happens.
         requests: whether this process is asked to end.
+        on_hang: called in a thread of its own when this rank stands still; accounts for the error and ends the process.
 
     Returns:
         How far the run came, and why it ended before its time; 0 when it did not.
@@ -60,11 +69,21 @@ def train(
             world_size=launch.world_size,
             timeout_seconds=train_settings.collective_timeout_seconds,
         ),
+        Watchdog(
+            folder,
+            comm.gather_objects(socket.gethostname()),
+            timeout_seconds=train_settings.hang_timeout_seconds,
+            start_seconds=train_settings.collective_timeout_seconds,
+            end=on_hang,
+        ),
         explained_memory(prepared) as counts,
     ):
+        whereabouts.at("comparing the ranks")
         require_agreement(prepared)
+        whereabouts.at("building the engine")
         engine = build(prepared, progress.say)
         counts.extend(parameter_counts(engine.model))
+        whereabouts.at("resuming")
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:
             write_down(prepared, folder)
@@ -90,13 +109,16 @@ def train(
                 recorder,
                 after_step=partial(evaluate_and_save, prepared, engine, recorder, saving),
                 stop=requests.asked,
+                samples_of=samples_fed(prepared, engine),
             )
         if stopped:
             requests.agreed(stopped)
             recorder.finish()
             if state.step > first_step and state.step != saving.last_step:
                 saving.save(state)
+        whereabouts.at("saving")
         saving.finish()
+        whereabouts.at("closing")
         windows.close()
         engine.close()
         faults.point("leaving")
@@ -109,32 +131,6 @@ def processes_here() -> list[int]:
     """The processes of all ranks on this host. Collective."""
     host = socket.gethostname()
     return [process for where, process in comm.gather_objects((host, os.getpid())) if where == host]
-
-
-def require_agreement(prepared: Prepared) -> None:
-    """Refuse ranks that would train different runs. Collective.
-
-    Raises:
-        DisagreementError: with what differs and on which ranks.
-    """
-    facts = {
-        "settings": digest(resolved_as_json(prepared.resolved)),
-        "engine config": digest(prepared.engine_config.config),
-        "model config": digest(prepared.model_config.to_dict()),
-        "data": prepared.data.fingerprint,
-        "torch": torch.__version__,
-    }
-    everyone = comm.gather_objects((socket.gethostname(), facts))
-    for name in facts:
-        values = [each[name] for _, each in everyone]
-        odd = [rank for rank, value in enumerate(values) if value != values[0]]
-        if odd:
-            rank = odd[0]
-            raise DisagreementError(
-                f"the ranks do not agree on the {name}: rank 0 on {everyone[0][0]} has {values[0]}, "
-                f"rank {rank} on {everyone[rank][0]} has {values[rank]} ({len(odd)} of {len(values)} ranks differ from "
-                "rank 0). Give every host the same files and the same versions."
-            )
 
 
 def write_down(prepared: Prepared, folder: RunFolder) -> None:

@@ -140,6 +140,7 @@ def write_run(corpus: Path, folder: Path, name: str = "run", **sections: dict[st
             "schedule": "constant",
             "precision": "fp32",
             "collective_timeout_seconds": 60,
+            "hang_timeout_seconds": 50,
         },
         "deepspeed": {"zero_optimization": {"stage": 2}},
         "checkpoint": {"folder": str(folder / name)},

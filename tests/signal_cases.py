@@ -74,6 +74,8 @@ def run_case(case: Case, config: Path, cwd: Path) -> dict[str, Any]:
     wrong = []
     if ended["code"] not in case.codes or ended["step"] != case.step:
         wrong.append(f"exit.json says {ended}")
+    if ("before training" in ended["reason"]) != (case.step is None):
+        wrong.append(f"it ended {ended['reason']!r}, at another time than asked")
     if events.count("saved") != (case.step is not None):
         wrong.append(f"saved {events.count('saved')} times")
     if "/ds_trainer/" in text and 'File "' in text.partition("/ds_trainer/")[0].splitlines()[-1]:

@@ -286,6 +286,15 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "or remove the block `scheduler`: train.schedule needs no number of steps.",
         f"{_DS_SOURCE} runtime/lr_schedules.py needs the number before the data is known",
     ),
+    Constraint(
+        "hangs_are_named_before_collectives_end",
+        "train.collective_timeout_seconds",
+        lambda v: v.settings.train.collective_timeout_seconds <= v.settings.train.hang_timeout_seconds,
+        "train.collective_timeout_seconds = {collective_timeout_seconds} must be greater than train.hang_timeout_seconds = "
+        "{hang_timeout_seconds}: a collective that ends first cannot say which rank it waited for. Raise it, or lower "
+        "train.hang_timeout_seconds.",
+        "monitor/watchdog.py",
+    ),
     # ZeRO and offload.
     Constraint(
         "stage_is_named",
@@ -404,6 +413,13 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         lambda v: v.ds("zero_optimization.compute_grad_norm") is False,
         "compute_grad_norm: false leaves nothing to clip and nothing to log. Remove the key.",
         f"{_DS_SOURCE} runtime/zero/stage_1_and_2.py raises beside gradient_clipping; at stage 3 always",
+    ),
+    Constraint(
+        "bf16_overflow_is_checked",
+        "deepspeed.bf16.check_grad_overflow",
+        lambda v: v.ds("bf16.check_grad_overflow") is False,
+        "bf16.check_grad_overflow: false lets gradients that are not finite into the weights. Remove the key.",
+        f"{_DS_SOURCE} runtime/zero/stage_1_and_2.py step",
     ),
     *(
         Constraint(

@@ -162,9 +162,9 @@ class TrainSection(Section):
     max_skipped_steps: NonNegativeInt = 20
     """Steps in a row that `skip` lets pass; one more ends the run."""
     hang_timeout_seconds: PositiveInt = 600
-    """A rank without progress for so long writes down where it is and ends the run. Longer than the longest micro-step."""
+    """A rank without progress for so long says where it is and ends the run. Longer than any micro-step or save."""
     collective_timeout_seconds: PositiveInt = 900
-    """A collective that waits longer than this ends the run. Longer than `hang_timeout_seconds`, which can say more."""
+    """The same before the first step, and for any collective. Longer than `hang_timeout_seconds`, which can say more."""
 
 
 class EvaluateSection(Section):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ds_trainer import comm, faults
+from ds_trainer import comm, faults, whereabouts
 from ds_trainer.checkpoint import layout
 from ds_trainer.checkpoint.keep import Keep, Kept, to_remove
 from ds_trainer.checkpoint.slices import SliceKey, file_name, write_slices
@@ -41,6 +41,20 @@ class Saved:
     """Why `latest` or the removal of older checkpoints failed, on rank zero."""
 
 
+@dataclass(slots=True)
+class Writer:
+    """What a thread that writes was last seen doing."""
+
+    moved: bool = False
+    """It has written some since somebody last looked."""
+    votes: bool = False
+    """It waits for the other ranks."""
+
+    def wrote(self) -> None:
+        """Some was written."""
+        self.moved = True
+
+
 class Saver:
     """Writes checkpoints of one run, at most one at a time. Every rank has one and calls the same methods."""
 
@@ -51,11 +65,10 @@ class Saver:
         self.background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Saved] | None = None
+        self._writer = Writer()
 
     def start(self, step: int, slices: Mapping[SliceKey, Tensor], fields: dict[str, Any]) -> None:
-        """Begin to write a checkpoint; without `background`, write it. Collective.
-
-        Call `wait` or `poll` first: while one is being written no other begins.
+        """Begin to write a checkpoint. Collective. Call `wait` first: while one is being written no other begins.
 
         Args:
             step: optimizer steps that are complete.
@@ -63,9 +76,7 @@ class Saver:
             fields: what the manifest says besides the files; rank zero's are written.
         """
         assert self._writing is None
-        self._writing = self._thread.submit(write_checkpoint, self._folder, step, slices, fields, self._keep)
-        if not self.background:
-            self._writing.exception()
+        self._writing = self._thread.submit(write_checkpoint, self._folder, step, slices, fields, self._keep, self._writer)
 
     def poll(self) -> Saved | None:
         """The checkpoint that became complete since the last call, if one did.
@@ -73,21 +84,43 @@ class Saver:
         Raises:
             CheckpointError: it could not be written; nothing with a finished checkpoint's name is left behind.
         """
-        return self.wait() if self._writing is not None and self._writing.done() else None
-
-    def wait(self) -> Saved | None:
-        """As `poll`, but waits for the one that is being written."""
+        if self._writing is None or not self._writing.done():
+            return None
         writing, self._writing = self._writing, None
-        return writing.result() if writing is not None else None
+        return writing.result()
+
+    def wait(self) -> None:
+        """Wait until none is being written; `poll` tells what became of it."""
+        while self._writing is not None and not wait([self._writing], timeout=1.0).done:
+            # A large file takes longer than any step may. A disk that does not answer moves nothing; a vote has a limit itself.
+            if self._writer.moved or self._writer.votes:
+                self._writer.moved = False
+                whereabouts.alive()
 
 
-def write_checkpoint(folder: Path, step: int, slices: Mapping[SliceKey, Tensor], fields: dict[str, Any], keep: Keep) -> Saved:
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    slices: Mapping[SliceKey, Tensor],
+    fields: dict[str, Any],
+    keep: Keep,
+    writer: Writer | None = None,
+) -> Saved:
     """Write a checkpoint, make it the newest and remove what is not kept. Collective, on the BACKGROUND group.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: optimizer steps that are complete.
+        slices: this rank's part of the state.
+        fields: what the manifest says besides the files.
+        keep: which older ones stay.
+        writer: told how it goes on.
 
     Raises:
         CheckpointError: on every rank, when one could not write.
     """
     started = time.monotonic()
+    writer = writer or Writer()
     name = layout.checkpoint_name(step)
     final, partial = folder / name, folder / f"{layout.PARTIAL}{name}"
     num_bytes = sum(comm.gather_objects(sum(each.nbytes for each in slices.values()), comm.BACKGROUND))
@@ -105,7 +138,7 @@ def write_checkpoint(folder: Path, step: int, slices: Mapping[SliceKey, Tensor],
     def write() -> tuple[str, dict[str, Any]]:
         _wait_for(partial)
         path = partial / file_name(comm.rank())
-        written = path.name, write_slices(path, slices)
+        written = path.name, write_slices(path, slices, writer.wrote)
         faults.point("save_written")
         return written
 
@@ -120,10 +153,10 @@ def write_checkpoint(folder: Path, step: int, slices: Mapping[SliceKey, Tensor],
         layout.fsync_folder(folder)
 
     only_zero = comm.rank() == 0
-    _all_or_none(begin if only_zero else None, folder, partial)
-    files = [each for each in _all_or_none(write, folder, partial) if each is not None]
+    _all_or_none(begin if only_zero else None, folder, partial, writer)
+    files = [each for each in _all_or_none(write, folder, partial, writer) if each is not None]
     faults.point("save_voted")
-    _all_or_none(commit if only_zero else None, folder, partial)
+    _all_or_none(commit if only_zero else None, folder, partial, writer)
     seconds = time.monotonic() - started
     untidy = _tidy(folder, name, keep) if only_zero else None
     faults.point("save_done")
@@ -176,7 +209,7 @@ def _wait_for(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _all_or_none(action: Callable[[], T] | None, folder: Path, partial: Path) -> list[T | None]:
+def _all_or_none(action: Callable[[], T] | None, folder: Path, partial: Path, writer: Writer) -> list[T | None]:
     """Do something on this rank; if it failed on any, raise on all. Collective, on the BACKGROUND group.
 
     Returns:
@@ -188,7 +221,9 @@ def _all_or_none(action: Callable[[], T] | None, folder: Path, partial: Path) ->
             result = action()
     except (OSError, CheckpointError) as error:
         problem = f"{error.strerror}: {error.filename or folder}" if isinstance(error, OSError) else str(error)
+    writer.votes = True
     everyone = comm.gather_objects((result, problem), comm.BACKGROUND)
+    writer.votes = False
     failed = [(rank, text) for rank, (_, text) in enumerate(everyone) if text is not None]
     if failed:
         raise _not_written(*failed[0], folder, partial)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def write_slices(path: Path, slices: Mapping[SliceKey, Tensor]) -> dict[str, Any]:
+def write_slices(path: Path, slices: Mapping[SliceKey, Tensor], moved: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Write a safetensors file through to the disk.
 
     The library would hold every byte a second time and hash nothing; here a chunk is hashed while it is written.
@@ -41,6 +41,7 @@ def write_slices(path: Path, slices: Mapping[SliceKey, Tensor]) -> dict[str, Any
     Args:
         path: the file.
         slices: 1-D tensors on the CPU.
+        moved: called whenever a few MiB were written.
 
     Returns:
         Size in bytes and SHA-256, as in a manifest.
@@ -58,6 +59,7 @@ def write_slices(path: Path, slices: Mapping[SliceKey, Tensor]) -> dict[str, Any
             hashed = hasher.submit(sha.update, chunk)
             file.write(chunk)
             hashed.result()
+            moved()
             faults.point("save_half_written")
         file.flush()
         faults.point("save_before_fsync")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_trainer import whereabouts
+
 
 def reason_against(model: nn.Module, files: list[Path], config: dict[str, Any]) -> str | None:
     """Why the sliced loader cannot be used for these files, or None when it can.
@@ -62,6 +64,7 @@ def load_sharded(model: nn.Module, files: list[Path], rank: int) -> None:
         for file in files:
             reader = stack.enter_context(safe_open(file, framework="pt"))
             for name in reader.keys():  # noqa: SIM118 - not a dict
+                whereabouts.at("loading weights")
                 if name in parameters:
                     shard = parameters[name].ds_tensor
                     start = rank * shard.ds_numel

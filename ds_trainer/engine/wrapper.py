@@ -31,6 +31,8 @@ class StepOutcome:
     """Of this update."""
     loss_scale: float
     """1 unless fp16."""
+    seeks_loss_scale: bool = False
+    """fp16: the loss scale could still be lowered before this step, so gradients that overflow are the search for one."""
 
 
 class Engine:
@@ -68,16 +70,28 @@ class Engine:
             This micro-batch's share of the loss of the step: a scalar on the device. Nothing waits for the device.
         """
         nll_sum = self._objective(self._engine, batch)
-        self._engine.backward(nll_sum * (self.data_parallel_size / num_targets), scale_wrt_gas=False)
+        # 0 for a finite loss, NaN for any other: then all gradients are NaN, and DeepSpeed's own check before the update covers
+        # the loss too, on all ranks and without another wait for the device.
+        spoiled = 0.0 * nll_sum.detach()
+        self._engine.backward(nll_sum * (self.data_parallel_size / num_targets + spoiled), scale_wrt_gas=False)
         self._boundary = self._engine.is_gradient_accumulation_boundary()
         if not self._boundary:
             self._engine.step()  # counts the micro-step; the update waits for `end_step`
         return nll_sum.detach() / num_targets
 
     def end_step(self) -> StepOutcome:
-        """Update the weights after the last micro-step of a window."""
+        """Update the weights after the last micro-step of a window, unless a loss or a gradient is not finite on any rank.
+
+        Relies on DeepSpeed 0.19.8: `step` of runtime/zero/stage_1_and_2.py and stage3.py all-reduces the norm (and in fp16 and
+        bf16 an overflow flag) and returns before the optimizer when it is not finite. tests/faults/test_nonfinite.py proves it
+        at each stage.
+        """
         assert self._boundary, "a window must have gradient_accumulation_steps micro-batches"
         learning_rate = float(self._engine.get_lr()[0])
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None) if self._engine.fp16_enabled() else None
+        seeks = scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
+        if scaler is not None and scaler.dynamic:
+            scaler.raise_error_at_min_scale = False  # the loop counts such steps, and says more (runtime/fp16/loss_scaler.py)
         self._engine.step()
         scale = getattr(self._engine.optimizer, "cur_scale", 1.0) if self._engine.fp16_enabled() else 1.0
         return StepOutcome(
@@ -85,6 +99,7 @@ class Engine:
             grad_norm=self._engine.get_global_grad_norm(),
             learning_rate=learning_rate,
             loss_scale=float(scale),
+            seeks_loss_scale=seeks,
         )
 
     def evaluate(self, batch: ModelBatch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 
 def perplexity(loss: float) -> float:
@@ -33,3 +34,15 @@ def quantity(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.3g}{letter}"
     return f"{number:.0f}"
+
+
+def as_ranges(ranks: Iterable[int]) -> str:
+    """Ranks in short, as `0-3, 5`; at most eight runs of them, the rest is counted."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")

@@ -110,6 +110,12 @@ class Recorder:
             self.write_events([(f"train/{name}", fields[name], step) for name in names if fields[name] is not None])
         self._reset()
 
+    def skipped_step(self, text: str, fields: dict[str, Any]) -> None:
+        """Take in why a step left the weights alone; the same on every rank."""
+        if comm.rank() == 0:
+            self.folder.event("skipped", **fields)
+            self.progress.say(f"SKIPPED {text}")
+
     def evaluation(self, *, step: int, loss: float, num_targets: int) -> None:
         """Take the result of an evaluation in; the same numbers on every rank."""
         if comm.rank() == 0:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_trainer import __version__
-from ds_trainer.errors import CheckpointError, RefusedError
+from ds_trainer.errors import CheckpointError, HangError, RefusedError
 
 
 class RunFolder:
@@ -145,11 +145,12 @@ class RunFolder:
         text = "".join(traceback.format_exception(error))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self.error.open("w", encoding="utf-8") as file:
-                file.write(f"{now()} on {socket.gethostname()}\n{text}")
-                file.flush()
-                if error.__traceback__ is None:  # a signal: then where every thread was, for a run that hung
-                    faulthandler.dump_traceback(file)
+            if not isinstance(error, HangError):  # the watchdog has written down there where this rank stands
+                with self.error.open("a", encoding="utf-8") as file:
+                    file.write(f"{now()} on {socket.gethostname()}\n{text}")
+                    file.flush()
+                    if error.__traceback__ is None:  # a signal: then where every thread was, for a run that hung
+                        faulthandler.dump_traceback(file)
             # Only one rank can create it: the file system decides who was first.
             with self.first_failure.open("x", encoding="utf-8") as marker:
                 marker.write(f"{self.error.name}\n")

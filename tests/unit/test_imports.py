@@ -9,11 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ds_trainer"
-PLAIN = {"arguments", "launch", "errors", "faults"}
-GROUND = {"comm", "protocols", "state"}
+PLAIN = {"arguments", "launch", "errors", "faults", "whereabouts"}
+GROUND = {"comm", "nonfinite", "protocols", "state"}
 PARTS = {"engine", "data", "model", "objectives", "checkpoint", "monitor"}
 LOOP = {"loop"}
-STORIES = {"train", "recovery", "debug", "check", "export", "prepare", "assemble", "run_data", "verify", "out_of_memory"}
+STORIES = {
+    *("train", "recovery", "agreement", "debug", "check", "export", "prepare", "assemble", "run_data", "verify"),
+    "out_of_memory",
+}
 TOP = {"cli", "__main__", "__init__"}
 HEAVY = {"torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers"}
 

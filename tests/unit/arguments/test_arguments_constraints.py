@@ -112,6 +112,16 @@ EXAMPLES = {
         '"warmup_steps":',
         run(train__max_steps=5, train__warmup_steps=4),
     ),
+    "hangs_are_named_before_collectives_end": (
+        run(train__collective_timeout_seconds=600),
+        '"collective_timeout_seconds":',
+        run(train__collective_timeout_seconds=601),
+    ),
+    "bf16_overflow_is_checked": (
+        ds(bf16={"check_grad_overflow": False}),
+        '"check_grad_overflow":',
+        ds(bf16={"check_grad_overflow": True}),
+    ),
     "max_steps_for_total_num_steps": (
         ds(scheduler={"type": "WarmupDecayLR"}),
         '"scheduler":',

@@ -202,20 +202,23 @@ def test_a_save_killed_at_any_moment_leaves_a_usable_checkpoint(tmp_path, monkey
 
 def test_a_failed_save_in_the_background_is_an_error_where_it_is_asked_for(tmp_path, monkeypatch):
     writer = Saver(tmp_path, Keep(last=2), background=True)
-    writer.start(1, STATE, {})
-    assert writer.wait().path.name == "step_00000001"
-    assert writer.wait() is None
+
+    def written(step: int):
+        writer.start(step, STATE, {})
+        writer.wait()
+        return writer.poll()
+
+    assert written(1).path.name == "step_00000001"
+    assert writer.poll() is None
 
     def full_disk() -> None:
         raise OSError(28, "No space left on device", "a/file")
 
     at(monkeypatch, "save_written", full_disk)
-    writer.start(2, STATE, {})
     with pytest.raises(CheckpointError, match="No space left"):
-        writer.wait()
+        written(2)
     monkeypatch.undo()
-    writer.start(3, STATE, {})
-    assert writer.wait().step == 3, "one failed save must not stop the next one"
+    assert written(3).step == 3, "one failed save must not stop the next one"
 
 
 def test_the_manifest_lists_sizes_and_hashes(tmp_path):

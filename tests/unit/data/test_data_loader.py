@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.data import loader
 from ds_trainer.data.chunks import TokenizedChunk
 from ds_trainer.data.loader import Windows, evaluation_batches, windows
@@ -17,6 +18,8 @@ from ds_trainer.data.order import Order, row_at, steps_for, total_rows
 from ds_trainer.data.rows import Pool, TokenRows, write_rows
 from ds_trainer.data.store import StoreWriter, TokenStore
 from ds_trainer.errors import TrainingError
+from ds_trainer.loop import Plan
+from ds_trainer.run_data import RunData, samples_of_micro_batch
 
 SEQ_LEN = 4
 
@@ -264,3 +267,47 @@ def test_closing_leaves_no_thread(make_rows):
     [all_of_them] = windows_of(rows, order_of(rows, 20), (1, 2, 1), workers=3)
     assert len(list(all_of_them)) == 10
     assert data_threads() == before
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_samples_of_a_micro_batch_are_those_that_are_fed(make_rows, packing):
+    rows = make_rows(5, packing=packing)
+    plan = Plan(max_steps=9, global_batch_size=4, total_rows=2 * rows.num_rows, seed=3)
+    batch = BatchPlan(micro_batch_size=1, gradient_accumulation_steps=2, data_parallel_size=2)
+    store = rows.pools[0].stores[0]
+    store.meta["files_read"] = [{"path": "corpus.jsonl", "first_document": 0}]
+    data = RunData(tokenizer=None, rows=rows, stream=None, held_out=None)
+    share = {"rank": 1, "data_parallel_size": 2}
+    fed = windows(
+        rows,
+        order_of(rows, plan.total_rows),
+        first_position=4,
+        micro_batch_size=1,
+        gradient_accumulation_steps=2,
+        convert=lambda each: each,
+        **share,
+    )
+    for window, position in zip(fed, range(4, plan.total_rows, 4), strict=True):
+        for micro_batch, found in enumerate(window):
+            ids = [each for each in dict.fromkeys(found.input_ids.flatten().tolist()) if each]  # ids name documents, from 1
+            named = samples_of_micro_batch(position, micro_batch, data, batch, plan, **share)
+            assert named == [f"corpus.jsonl:{each - 1}" for each in ids]
+
+
+@given(num_rows=st.integers(1, 7), global_batch=st.sampled_from([2, 4, 6]), accumulation=st.sampled_from([1, 2]))
+@settings(max_examples=60, deadline=None)
+def test_two_ranks_get_as_many_windows_whatever_the_number_of_rows(make_rows, num_rows, global_batch, accumulation):
+    rows = make_rows(num_rows)
+    order = Order(num_rows=(num_rows,), seed=0, total_rows=total_rows(num_rows, 1.5))
+    micro = max(1, global_batch // 2 // accumulation)
+    share = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "data_parallel_size": 2}
+    counts = [
+        [len(window) for window in windows(rows, order, first_position=0, rank=rank, convert=lambda each: each, **share)]
+        for rank in range(2)
+    ]
+    assert counts[0] == counts[1] == [accumulation] * steps_for(order.total_rows, 2 * micro * accumulation)
+    evaluated = [
+        sum(1 for _ in evaluation_batches(rows, micro_batch_size=micro, rank=rank, data_parallel_size=2, max_rows=5))
+        for rank in range(2)
+    ]
+    assert evaluated[0] == evaluated[1]
