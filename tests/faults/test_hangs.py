@@ -99,7 +99,7 @@ def test_a_rank_that_is_busy_elsewhere_is_named_with_the_line(run_file, tmp_path
 
 
 def test_a_slow_run_that_moves_is_left_alone(run_file, tmp_path):
-    config = run_file("run", train={**TRAIN, "max_steps": 2})
+    config = run_file("run", train={**TRAIN, "max_steps": 1})
     done = run_command(
         torchrun(2, "-m", "ds_trainer", "train", "--config", config.name),
         cwd=tmp_path,
@@ -113,10 +113,14 @@ def test_a_slow_run_that_moves_is_left_alone(run_file, tmp_path):
 @pytest.mark.parametrize(
     ("what", "zero", "one"),
     [
-        ("setting", "settings.train.learning_rate = 0.01", "settings.train.learning_rate = 0.02"),
         ("data", "data = ", "data = "),
-        ("environment", "environment.NCCL_ALGO = None", "environment.NCCL_ALGO = Tree"),
+        (
+            "environment",
+            "settings.train.learning_rate = 0.01, environment.NCCL_ALGO = None",
+            "settings.train.learning_rate = 0.02, environment.NCCL_ALGO = Tree",
+        ),
     ],
+    ids=["data", "environment"],
 )
 def test_ranks_that_would_train_different_runs_are_refused_in_seconds(run_file, corpus, tmp_path, what, zero, one):
     texts = (corpus / "texts.jsonl").read_text().splitlines(keepends=True)

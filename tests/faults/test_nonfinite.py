@@ -13,14 +13,9 @@ from helpers import Done, metrics, run_command, torchrun
 pytestmark = pytest.mark.launch
 
 WORKERS = Path(__file__).parent / "workers"
+PLACES = (("loss", 0), ("value", 1), ("gradient", 0))
 CASES = [
-    *(
-        [s, p, False, rank, w]
-        for s in (1, 2, 3)
-        for p in ("bf16", "fp32")
-        for rank in (0, 1)
-        for w in ("loss", "value", "gradient")
-    ),
+    *([s, p, False, rank, w] for s in (1, 2, 3) for p in ("bf16", "fp32") for w, rank in PLACES),
     *([s, p, True, 1, w] for s in (1, 2, 3) for p in ("bf16", "fp32") for w in ("value", "gradient")),
     *([s, "fp16", False, 1, "gradient"] for s in (1, 2, 3)),
     [2, "fp16 at its lowest scale", False, 1, "gradient"],
