@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import fcntl
 import json
+import math
 import os
 import platform
 import socket
@@ -124,9 +125,13 @@ class RunFolder:
         self._append(self.metrics.name, fields)
 
     def _append(self, name: str, fields: dict[str, Any]) -> None:
+        # JSON has no word for what is not finite.
+        fields = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in fields.items()
+        }
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+                file.write(json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.path / name} could not be written ({error.strerror}).") from None
 
