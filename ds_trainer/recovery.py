@@ -54,7 +54,7 @@ class Saving:
         self._saver = Saver(folder.checkpoints, keep, background=wanted.background)
         self._goes_on = wanted.on_failure == "continue"
         self.last_step: int | None = None
-        """Of the newest checkpoint that was begun."""
+        """Of the newest checkpoint that was begun and did not fail."""
 
     def save(self, state: TrainState, held_out_loss: float | None = None) -> None:
         """Begin to write a checkpoint of the step that is complete; the one before it is complete then.
@@ -106,6 +106,7 @@ class Saving:
         except CheckpointError as error:
             if not self._goes_on:
                 raise
+            self.last_step = None
             self._recorder.not_saved(str(error))
         else:
             if saved is not None:

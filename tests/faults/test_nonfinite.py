@@ -90,7 +90,7 @@ def test_a_run_that_left_out_steps_is_resumed_bit_for_bit_and_goes_on_counting(r
         shutil.rmtree(other / "checkpoints" / "step_00000006")
     done = train(config, "0:2,3", f"checkpoint.folder={again}")
     assert done.code == 0, done.text
-    hexes = [[line["loss"].hex() for line in metrics(folder)][-3:] for folder in (whole, again)]
+    hexes = [[repr(line["loss"]) for line in metrics(folder)][-3:] for folder in (whole, again)]
     assert hexes[0] == hexes[1]
     resumed = json.loads((again / "checkpoints/step_00000006/manifest.json").read_text())
     assert (resumed["state"], resumed["probe"]) == (manifests[1]["state"], manifests[1]["probe"])
