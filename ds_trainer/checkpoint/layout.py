@@ -70,6 +70,7 @@ def digest(path: Path) -> dict[str, Any]:
 def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
     """Write the manifest, with a hash of itself, and everything above it through to the disk."""
     path = checkpoint / MANIFEST
+    fields = json.loads(json.dumps(fields))  # as a reader will have them, so that the hash is of the same
     with path.open("w", encoding="utf-8") as file:
         json.dump({**fields, _OWN_HASH: _hash_of(fields)}, file, indent=1)
         file.flush()

@@ -219,8 +219,12 @@ def _all_or_none(action: Callable[[], T] | None, folder: Path, partial: Path, wr
     try:
         if action is not None:
             result = action()
-    except (OSError, CheckpointError) as error:
-        problem = f"{error.strerror}: {error.filename or folder}" if isinstance(error, OSError) else str(error)
+    except OSError as error:
+        problem = f"{error.strerror}: {error.filename or folder}"
+    except CheckpointError as error:
+        problem = str(error)
+    except Exception as error:  # said in the vote: the other ranks wait there
+        problem = f"{type(error).__name__}: {error}"
     writer.votes = True
     everyone = comm.gather_objects((result, problem), comm.BACKGROUND)
     writer.votes = False

@@ -39,6 +39,13 @@ def test_a_saved_checkpoint_is_found_with_its_fields(tmp_path):
     assert told == []
 
 
+def test_the_manifest_gives_back_what_json_can_hold(tmp_path):
+    path = save(tmp_path, 3, extra={10: "ten", 9: (1, 2.5)}, rate=0.1 + 0.2)
+    read = layout.read_manifest(path)
+    assert read["extra"] == {"10": "ten", "9": [1, 2.5]}
+    assert read["rate"] == 0.1 + 0.2
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step, keep_last=2)
@@ -155,6 +162,15 @@ def test_a_full_disk_at_any_moment_leaves_the_older_checkpoint_and_nothing_else(
         save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
     assert find(tmp_path)[0].path.name == "step_00000001"
+
+
+def test_any_other_failure_of_a_rank_is_voted_on_too(tmp_path, monkeypatch):
+    def fail() -> None:
+        raise RuntimeError("the driver is gone")
+
+    at(monkeypatch, "save_written", fail)
+    with pytest.raises(CheckpointError, match="rank 0: RuntimeError: the driver is gone"):
+        save(tmp_path, 1)
 
 
 @pytest.mark.parametrize("moment", ["save_before_latest", "save_before_prune"])
