@@ -24,7 +24,6 @@ from ds_trainer.model.adapter import add_lora
 from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.objectives.chunked_head import plain_nll_sum
 from ds_trainer.protocols import MicroBatch
-from ds_trainer.recovery import PROBE_ROWS
 from ds_trainer.run_data import cache_folder_of
 
 Report = Callable[[str], None]
@@ -86,7 +85,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
         to.rmdir()
     partial.rename(to)
     kind = "adapter" if settings.adapter and not merge else "model"
-    report(f"the {kind} is in {to}; its loss on {PROBE_ROWS} rows agrees with the training engine's")
+    report(f"the {kind} is in {to}; its loss on {found.manifest['probe']['rows']} rows agrees with the training engine's")
 
 
 def choose(run: Path, checkpoint: str | None, report: Report) -> Found:
@@ -261,11 +260,11 @@ def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, prec
         cache_folder=cache_folder_of(settings),
         report=lambda line: None,
     )
+    probe = found.manifest["probe"]
     total, count = 0.0, 0
-    for batch in evaluation_batches(rows, micro_batch_size=1, rank=0, data_parallel_size=1, max_rows=PROBE_ROWS):
+    for batch in evaluation_batches(rows, micro_batch_size=1, rank=0, data_parallel_size=1, max_rows=probe["rows"]):
         nll, targets = plain_loss(model, batch)
         total, count = total + nll, count + targets
-    probe = found.manifest["probe"]
     ours, theirs = total / count, probe["loss"]
     report(f"loss on {probe['rows']} rows: {theirs:.6f} in the training engine, {ours:.6f} reloaded with transformers")
     if count != probe["num_targets"]:

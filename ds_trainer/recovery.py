@@ -22,8 +22,9 @@ from ds_trainer.monitor.run_folder import RunFolder
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.state import TrainState
 
-PROBE_ROWS = 16
-"""Rows whose loss is kept in every checkpoint, so that a resume and an export can prove that they compute the same."""
+PROBE_ROWS = (4, 16)
+"""Fewest and most rows whose loss is kept in every checkpoint, so that a resume and an export can prove that they compute the
+same. Between them, as many as the ranks take in one forward: training stands still for it."""
 _WHY_PART = {
     "max_steps": " (A schedule that falls ends at max_steps, so only with train.schedule=constant may it grow. To train "
     "longer, export the run and start a new one from the export.)"
@@ -67,7 +68,8 @@ class Saving:
         faults.point("saving")
         prepared, engine = self._prepared, self._engine
         self.finish()
-        loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, PROBE_ROWS)
+        rows = min(max(engine.data_parallel_size * prepared.batch.micro_batch_size, PROBE_ROWS[0]), PROBE_ROWS[1])
+        loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, rows)
         require_finite(loss, state.step)
         whereabouts.at("saving")
         lanes = {name: cursor for each in comm.gather_objects(self._windows.cursors) for name, cursor in each.items()}
@@ -80,7 +82,7 @@ class Saving:
                 "run": run_identity(prepared),
                 "layout": engine_layout(prepared),
                 "engine": rest,
-                "probe": {"rows": PROBE_ROWS, "loss": loss, "num_targets": num_targets},
+                "probe": {"rows": rows, "loss": loss, "num_targets": num_targets},
                 "held_out_loss": held_out_loss,
                 "settings": prepared.resolved.settings.model_dump(mode="json"),
             },
@@ -220,6 +222,6 @@ def require_finite(probe_loss: float, step: int) -> None:
     """
     if not math.isfinite(probe_loss):
         raise NonFiniteError(
-            f"step {step}: no checkpoint is written, for with these weights the loss of the {PROBE_ROWS} probe rows is "
+            f"step {step}: no checkpoint is written, for with these weights the loss of the probe rows is "
             f"{probe_loss}, though every gradient was finite. Lower train.learning_rate, and go on from the checkpoint before."
         )
