@@ -27,7 +27,9 @@ PROBE_ROWS = (4, 16)
 same. Between them, as many as the ranks take in one forward: training stands still for it."""
 _WHY_PART = {
     "max_steps": " (A schedule that falls ends at max_steps, so only with train.schedule=constant may it grow. To train "
-    "longer, export the run and start a new one from the export.)"
+    "longer, export the run and start a new one from the export.)",
+    "global_batch_size": " (On another number of ranks it stays when train.global_batch_size says so and "
+    "train.gradient_accumulation_steps is left out.)",
 }
 """Why a setting that differs is part of what a checkpoint continues, where that may surprise."""
 PROBE_TOLERANCE = 1e-3
@@ -135,15 +137,18 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
     if found is None:
         set_aside(folder, 0, report)
         if comm.rank() == 0:
+            if folder.metrics.exists() and settings.checkpoint.resume == "auto":
+                report("the earlier start completed no checkpoint: this one begins at step 0")
             folder.event("started_anew")
         return TrainState()
     written, ours = found.manifest["run"], run_identity(prepared)
-    for name, value in ours.items():
-        if written.get(name) != value:
-            raise ResumeError(
-                f"{found.path} cannot be continued: it has {name} = {written.get(name)}, this run has {value}. "
-                f"Start with the settings it was saved with, or start anew with --resume never.{_WHY_PART.get(name, '')}"
-            )
+    if differing := [name for name, value in ours.items() if written.get(name) != value]:
+        told = "; ".join(f"it has {name} = {written.get(name)}, this run has {ours[name]}" for name in differing[:4])
+        hint = next((_WHY_PART[name] for name in differing if name in _WHY_PART), "")
+        raise ResumeError(
+            f"{found.path} cannot be continued: {told}. Start with the settings it was saved with, or start anew with "
+            f"--resume never.{hint}"
+        )
     rest = found.manifest["engine"]
     reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
     engine.restore(reader.read, rest)
@@ -178,14 +183,16 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
     return {
         "precision": settings.train.precision,
         "optimizer": written_optimizer(prepared.resolved),
-        "model": digest({**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}),
         "adapter": settings.adapter.model_dump(mode="json") if settings.adapter else None,
         "global_batch_size": prepared.plan.global_batch_size,
         "seed": settings.train.seed,
         **optimization(prepared),
-        "data": prepared.data.fingerprint,
-        "rows": prepared.data.rows.num_rows if prepared.data.rows else None,
         "seq_len": settings.data.seq_len,
+        "rows": prepared.data.rows.num_rows if prepared.data.rows else None,
+        "fingerprint of the data": prepared.data.fingerprint,
+        "fingerprint of the model's config": digest(
+            {**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}
+        ),
     }
 
 

@@ -99,7 +99,7 @@ def test_a_start_takes_the_newest_whole_checkpoint_of_its_own_run_or_refuses(run
     kept = json.loads((tmp_path / "other_rate" / "resolved.json").read_text())
     assert kept["train.learning_rate"]["value"] == 0.01, "a refused start must not rewrite what the run is"
     done("other_ranks", "saved on 1 rank, ZeRO-2, laid out anew for 2 ranks, ZeRO-2")
-    refused("other_model", "it has model = ", ", this run has ")
+    refused("other_model", "it has fingerprint of the model's config = ", ", this run has ")
     assert names(tmp_path / "other_seed") == ["step_00000002", "step_00000004"]
     done("never", "step_00000002 does not belong to what is trained from here on", "done: 2 steps")
     assert names(tmp_path / "never") == ["aside_1_step_00000002", "aside_1_step_00000004", "step_00000002"]
