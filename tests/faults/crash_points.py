@@ -8,11 +8,11 @@ every step that was ever done, some of them many times, must have had one loss: 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forks import Command, Shown, run_all
+from forks import Command, Forks, Shown
 from helpers import metrics, write_corpus, write_run
 
 ON_EVERY_RANK = ("saving", "save_half_written", "save_before_fsync", "save_written", "save_voted", "save_done")
@@ -54,7 +54,14 @@ class Outcome:
     """Steps that had more than one loss, or another than in the undisturbed run."""
 
 
-def crash(folder: Path, cases: Sequence[tuple[str, str]], deepspeed: dict, *, background: bool = True) -> Outcome:
+def crash(
+    folder: Path,
+    cases: Sequence[tuple[str, str]],
+    deepspeed: dict,
+    *,
+    background: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Outcome:
     """Kill a run at each of some points, one after the other, and judge what the next starts made of it."""
     corpus = folder / "corpus"
     corpus.mkdir(parents=True)
@@ -72,7 +79,11 @@ def crash(folder: Path, cases: Sequence[tuple[str, str]], deepspeed: dict, *, ba
     for name, fault in cases:
         commands[name] = Command(killed, ranks=2, environment={"DS_TRAINER_FAULT": fault})
     commands["last"] = Command(killed, ranks=2)
-    shown = run_all(commands, folder, timeout=60 + 12 * len(commands))
+    shown = {}
+    with Forks(folder) as forks:
+        for number, (name, command) in enumerate(commands.items(), 1):
+            shown[name] = forks.run(command)
+            tell(f"{number}/{len(commands)} {name}: codes {shown[name].codes}, {shown[name].seconds:.1f} s")
     if shown["straight"].codes != [0, 0]:
         raise AssertionError(shown["straight"].text)
 
