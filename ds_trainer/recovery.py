@@ -56,6 +56,8 @@ class Saving:
         self._goes_on = wanted.on_failure == "continue"
         self.last_step: int | None = None
         """Of the newest checkpoint that was begun."""
+        self._failed: CheckpointError | None = None
+        """Why the newest one could not be written."""
 
     def save(self, state: TrainState, held_out_loss: float | None = None) -> None:
         """Begin to write a checkpoint of the step that is complete; the one before it is complete then.
@@ -98,15 +100,27 @@ class Saving:
         """As `poll`, but waits for it."""
         self._take_in(self._saver.wait)
 
+    def end(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            CheckpointError: it could not be written, whatever `checkpoint.on_failure` says: there is nothing left to go on with.
+        """
+        self.finish()
+        if self._failed is not None:
+            raise self._failed
+
     def _take_in(self, ask: Callable[[], Saved | None]) -> None:
         try:
             saved = ask()
         except CheckpointError as error:
             if not self._goes_on:
                 raise
+            self._failed = error
             self._recorder.not_saved(str(error))
         else:
             if saved is not None:
+                self._failed = None
                 self._recorder.saved(
                     step=saved.step,
                     path=str(saved.path),

@@ -96,7 +96,7 @@ def train(
             recorder.finish()
             if state.step > first_step and state.step != saving.last_step:
                 saving.save(state)
-        saving.finish()
+        saving.end()
         windows.close()
         engine.close()
         faults.point("leaving")
