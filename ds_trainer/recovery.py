@@ -104,7 +104,7 @@ class Saving:
         """Wait for the last checkpoint.
 
         Raises:
-            CheckpointError: it could not be written, whatever `checkpoint.on_failure` says: there is nothing left to go on with.
+            CheckpointError: it could not be written, whatever `checkpoint.on_failure` says: nothing is left to go on with.
         """
         self.finish()
         if self._failed is not None:
