@@ -7,7 +7,9 @@ that of the checkpoints, which may hold `keep_last` of them and one that is bein
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -119,11 +121,10 @@ def step_of(run: Path) -> int:
 def size(folder: Path) -> int:
     """Bytes of the files below a folder, of which some may vanish meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(where) / name).stat().st_size
     return total
 
 
