@@ -58,6 +58,8 @@ class Saving:
         self._goes_on = wanted.on_failure == "continue"
         self.last_step: int | None = None
         """Of the newest checkpoint that was begun and did not fail."""
+        self._failed: CheckpointError | None = None
+        """Why the newest one could not be written."""
 
     def save(self, state: TrainState, held_out_loss: float | None = None) -> None:
         """Begin to write a checkpoint of the step that is complete; the one before it is complete then.
@@ -99,6 +101,16 @@ class Saving:
         self._saver.wait()
         self.poll()
 
+    def end(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            CheckpointError: it could not be written, whatever `checkpoint.on_failure` says: nothing is left to go on with.
+        """
+        self.finish()
+        if self._failed is not None:
+            raise self._failed
+
     def poll(self) -> None:
         """Say what became of the checkpoint that was being written, if that is known.
 
@@ -110,10 +122,11 @@ class Saving:
         except CheckpointError as error:
             if not self._goes_on:
                 raise
-            self.last_step = None
+            self.last_step, self._failed = None, error
             self._recorder.not_saved(str(error))
         else:
             if saved is not None:
+                self._failed = None
                 self._recorder.saved(
                     step=saved.step,
                     path=str(saved.path),

@@ -117,7 +117,7 @@ def train(
             if state.step > first_step and state.step != saving.last_step:
                 saving.save(state)
         whereabouts.at("saving")
-        saving.finish()
+        saving.end()
         whereabouts.at("closing")
         windows.close()
         engine.close()

@@ -121,6 +121,8 @@ def restore(engine: Any, read: ReadSlice, rest: dict[str, Any]) -> None:
                 if not read(each.name, kind, each.start, state[kind].narrow(0, each.offset, each.numel)):
                     raise CheckpointError(f"the checkpoint has no {kind} of {each.name}.")
         _set_step(partition, state, rest["step"])
+    if rest["step"] is not None and hasattr(engine.optimizer.optimizer, "ds_opt_adam"):
+        _count_up(engine.optimizer.optimizer, rest["step"])
     if engine.zero_optimization_stage() == 3:
         engine.optimizer._post_step(set())  # parameters that stay whole are gathered again
     else:
@@ -204,6 +206,20 @@ def _set_step(partition: Partition, state: dict[str, Any], step: int) -> None:
         state["step"] = torch.tensor(float(step), device=partition.flat.device if on_device else "cpu")
     else:
         state["step"] = step
+
+
+def _count_up(cpu_adam: Any, step: int) -> None:
+    """Let DeepSpeed's Adam on the CPU count its steps one by one, as in the run that goes on.
+
+    It multiplies the powers of the betas up from step to step, but takes pow() where it sees steps left out: that rounds
+    differently, and the run would be another one. Source: deepspeed/ops/csrc/includes/cpu_adam.h, IncrementStep.
+    """
+    parameter, gradient, exp_avg, exp_avg_sq = torch.zeros(4, 1).unbind()
+    beta1, beta2 = cpu_adam.param_groups[0]["betas"]  # there is one counter for all groups
+    for each in range(1, step + 1):
+        cpu_adam.ds_opt_adam.adam_update(
+            cpu_adam.opt_id, each, 0.0, beta1, beta2, 1.0, 0.0, True, parameter, gradient, exp_avg, exp_avg_sq
+        )
 
 
 def _buffers(module: torch.nn.Module) -> dict[str, Tensor]:

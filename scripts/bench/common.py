@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("", "launch", "faults", "ranks")]  # scripts share code with tests
 RESULTS = ROOT / "docs" / "bench"
 SCRATCH = ROOT / "out" / "bench"
 PEERS = SCRATCH / "peers"
@@ -280,6 +281,7 @@ def finish(
     tables: Sequence[Mapping[str, Any]],
     packages: Mapping[str, str],
     notes: Sequence[str] = (),
+    seed: int | None = None,
 ) -> None:
     """Print the tables, and write docs/bench/NAME.json if this is a whole run.
 
@@ -290,6 +292,7 @@ def finish(
         tables: each with `title`, `columns` and `rows`; cells are texts or numbers.
         packages: of `versions`.
         notes: sentences printed with the tables.
+        seed: of what is random, where something is.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -319,6 +322,8 @@ def finish(
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": {"cores": len(os.sched_getaffinity(0)), "load_average": round(load, 2)},
         "versions": dict(packages),
+        "seed": seed,
+        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
         "goals": list(goals),
         "tables": list(tables),
         "notes": list(notes),

@@ -1,18 +1,23 @@
 """Run many commands of ds_trainer in one go: the imports are paid for once, then each rank of a command is a fork.
 
-    python forks.py COMMANDS.json RESULTS.json
+    python forks.py COMMANDS.json RESULTS.json    # all, one after the other
+    python forks.py FOLDER                        # a line of standard input is a command, a line of standard output its result
 
 A command is {"arguments": [...], "ranks": 2, "environment": {...}}; its result is what the terminal showed and the exit
 codes of its ranks. With more than one rank, they find torchrun's variables, and share a terminal as under torchrun.
+With "script" the arguments are those of that Python file. With "kill", some ranks get a SIGKILL:
+{"ranks": [0], "when": "saved", "after": 0.5} is half a second after the terminal showed that word.
 """
 
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from ds_trainer import faults
 
@@ -29,21 +34,26 @@ def torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     return one_node | places | sizes | meeting
 
 
-def start(arguments: list[str], environment: dict[str, str], terminal: Path) -> int:
+def start(arguments: list[str], environment: dict[str, str], terminal: Path, script: str = "") -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         os.environ.update(environment)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for target in (1, 2):
             os.dup2(os.open(terminal, os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
-        sys.argv = ["ds_trainer", *arguments]
+        sys.argv = [script or "ds_trainer", *arguments]
         if faults.VARIABLE in os.environ:  # read when it was imported, before this command
             faults._faults = faults.ours(os.environ)
-        from ds_trainer.cli import main
+        if script:
+            runpy.run_path(script, run_name="__main__")
+            code = 0
+        else:
+            from ds_trainer.cli import main
 
-        code = main()
+            code = main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -65,9 +75,12 @@ def run(command: dict, terminal: Path) -> dict:
     running = {}
     for rank in range(ranks):
         variables = torchrun_variables(rank, ranks, port) if ranks > 1 or command["arguments"][0] == "train" else {}
-        running[start(command["arguments"], variables | command.get("environment", {}), terminal)] = rank
+        variables |= command.get("environment", {})
+        running[start(command["arguments"], variables, terminal, command.get("script", ""))] = rank
     codes: dict[int, int] = {}
     failed = 0.0
+    kill = command.get("kill")
+    seen = 0.0
     while running:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child:
@@ -75,6 +88,12 @@ def run(command: dict, terminal: Path) -> dict:
             failed = failed or (time.monotonic() if code else 0.0)
             continue
         time.sleep(0.01)
+        if kill and not seen and terminal.exists() and kill["when"] in terminal.read_text(errors="replace"):
+            seen = time.monotonic()
+        if kill and seen and time.monotonic() - seen >= kill["after"]:
+            for child in [child for child, rank in running.items() if rank in kill["ranks"]]:
+                os.kill(child, signal.SIGKILL)
+            kill = None
         late, spent = failed and time.monotonic() - failed > PATIENCE, time.monotonic() - started
         for child in running if late or spent > SECONDS else ():
             os.kill(child, signal.SIGKILL if spent > SECONDS else signal.SIGTERM)
@@ -85,7 +104,14 @@ def run(command: dict, terminal: Path) -> dict:
     }
 
 
+def serve(folder: Path, replies: TextIO) -> None:
+    for number, line in enumerate(sys.stdin):
+        print(json.dumps(run(json.loads(line), folder / f"terminal_{number}.txt")), file=replies, flush=True)
+
+
 if __name__ == "__main__":
+    replies = os.fdopen(os.dup(1), "w")  # what the imports print goes elsewhere
+    os.dup2(2, 1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
@@ -96,6 +122,9 @@ if __name__ == "__main__":
     import ds_trainer.export
     import ds_trainer.train  # noqa: F401
 
+    if len(sys.argv) == 2:
+        serve(Path(sys.argv[1]), replies)
+        sys.exit()
     commands, results = Path(sys.argv[1]), Path(sys.argv[2])
     done = {name: run(each, results.parent / f"terminal_{name}.txt") for name, each in json.loads(commands.read_text()).items()}
     results.write_text(json.dumps(done))
