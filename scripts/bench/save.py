@@ -99,6 +99,7 @@ def child(folder: Path, megabytes: int, repeats: int) -> None:
         def save(step: int) -> None:
             saver.start(step, slices, {})
             saver.wait()
+            saver.poll()
 
         def raw(step: int) -> None:
             with (folder / f"raw_{rank}").open("wb") as file:
