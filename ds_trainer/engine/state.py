@@ -52,12 +52,15 @@ class Partition:
     """The optimizer's parameter group it belongs to."""
 
 
-def snapshot(engine: Any, *, copy: bool) -> tuple[dict[tuple[str, str, int], Tensor], dict[str, Any]]:
+def snapshot(
+    engine: Any, copies: dict[tuple[int, str], Tensor] | None
+) -> tuple[dict[tuple[str, str, int], Tensor], dict[str, Any]]:
     """This rank's part of the state. No collective.
 
     Args:
         engine: DeepSpeed's engine, between two optimizer steps.
-        copy: return copies that training does not touch; otherwise what lies in host memory is returned as it is.
+        copies: where the state is copied to, so that training does not touch what is returned; filled, and used again by the
+            next call, since fresh memory costs several times the copy. None returns what lies in host memory as it is.
 
     Returns:
         The slices on the CPU, 1-D, by (name, kind, start); and the rest as JSON, the same on every rank.
@@ -67,7 +70,7 @@ def snapshot(engine: Any, *, copy: bool) -> tuple[dict[tuple[str, str, int], Ten
     """
     slices: dict[tuple[str, str, int], Tensor] = {}
     step: int | None = None
-    for partition in _partitions(engine, changed=False):
+    for index, partition in enumerate(_partitions(engine, changed=False)):
         kinds = {WEIGHTS: partition.flat.data}
         for kind, value in partition.optimizer.state.get(partition.flat, {}).items():
             if kind == "step":
@@ -81,11 +84,13 @@ def snapshot(engine: Any, *, copy: bool) -> tuple[dict[tuple[str, str, int], Ten
                 )
         step = partition.group.get("step", step)
         for kind, flat in kinds.items():
-            flat = flat.detach().to("cpu", copy=copy or _is_swapped(engine))
+            host = _on_host(flat, (index, kind), copies if copies is not None or not _is_swapped(engine) else {})
             for each in partition.slices:
-                slices[each.name, kind, each.start] = flat.narrow(0, each.offset, each.numel)
+                slices[each.name, kind, each.start] = host.narrow(0, each.offset, each.numel)
     for name, value in _buffers(engine.module).items() if comm.rank() == 0 else ():
-        slices[name, BUFFER, 0] = value.detach().to("cpu", copy=copy).flatten()
+        slices[name, BUFFER, 0] = value.detach().to("cpu", copy=True).flatten()
+    if copies and engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
     return slices, {
         "step": step,
         "kinds": sorted({kind for _, kind, _ in slices} - {WEIGHTS, BUFFER}),
@@ -188,6 +193,15 @@ def _partitions_of_stage3(zero: Any, names: dict[int, str], changed: bool) -> It
             zero._optimizer_states_and_gradient_swap_out(index)
         elif swapped:
             zero._release_swap_buffers(index)
+
+
+def _on_host(flat: Tensor, key: tuple[int, str], copies: dict[tuple[int, str], Tensor] | None) -> Tensor:
+    """A flat tensor in host memory: a copy, or itself where it is there and no copies are wanted. The device may lag behind."""
+    if copies is None:
+        return flat.detach().cpu()
+    if key not in copies or copies[key].shape != flat.shape:
+        copies[key] = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+    return copies[key].copy_(flat.detach(), non_blocking=True)
 
 
 def _is_swapped(engine: Any) -> bool:

@@ -42,6 +42,7 @@ class Engine:
         self._engine = deepspeed_engine
         self._objective = objective
         self._boundary = False
+        self._copies: dict[tuple[int, str], Tensor] = {}
         self.data_parallel_size: int = deepspeed_engine.dp_world_size
         self.device: torch.device = deepspeed_engine.device
 
@@ -112,8 +113,12 @@ class Engine:
         self._engine.train(on)
 
     def snapshot(self, *, copy: bool) -> tuple[dict[tuple[str, str, int], Tensor], dict[str, Any]]:
-        """This rank's part of the training state, between two steps; see `engine.state`."""
-        return state.snapshot(self._engine, copy=copy)
+        """This rank's part of the training state, between two steps; see `engine.state`.
+
+        Args:
+            copy: training goes on while the slices are used. They last until the next call.
+        """
+        return state.snapshot(self._engine, self._copies if copy else None)
 
     def restore(self, read: state.ReadSlice, rest: dict[str, Any]) -> None:
         """Take over a saved state, whatever the stage, ranks and offload it was saved at; before the first step."""

@@ -38,6 +38,7 @@ class OneFlat:
         )
         self.lr_scheduler = None
         self.global_steps = self.global_samples = self.skipped_steps = 0
+        self.device = torch.device("cpu")
 
     def zero_optimization_stage(self) -> int:
         return 2
@@ -57,7 +58,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit_from_any_step(kind):
     whole = OneFlat(kind)
     saved = []
     for step in range(STEPS):
-        saved.append(state.snapshot(whole, copy=True))
+        saved.append(state.snapshot(whole, {}))
         whole.train(step, step + 1)
     for step, (slices, rest) in enumerate(saved):
         again = OneFlat(kind)
@@ -69,3 +70,19 @@ def test_a_restored_optimizer_goes_on_bit_for_bit_from_any_step(kind):
         state.restore(again, read, rest)
         again.train(step, STEPS)
         assert torch.equal(again.flat, whole.flat), f"from step {step}"
+
+
+def test_copies_are_used_again_and_not_touched_by_training():
+    engine = OneFlat("torch_adamw")
+    engine.train(0, 1)
+    copies: dict = {}
+    first, _ = state.snapshot(engine, copies)
+    kept = {key: value.clone() for key, value in first.items()}
+    engine.train(1, 2)
+    assert all(torch.equal(first[key], value) for key, value in kept.items())
+    second, _ = state.snapshot(engine, copies)
+    assert {value.data_ptr() for value in second.values()} == {value.data_ptr() for value in first.values()}
+    plain, _ = state.snapshot(engine, None)
+    assert plain.keys() == second.keys()
+    assert all(torch.equal(plain[key], value) for key, value in second.items())
+    assert plain["weight", "fp32", 0].data_ptr() == engine.flat.data_ptr()
