@@ -87,6 +87,9 @@ def _verify(path: Path) -> tuple[Found | None, str]:
     """Check every file against the manifest, the files shared out among the ranks. Collective."""
     try:
         manifest = layout.read_manifest(path)
+        name = layout.checkpoint_name(manifest["step"])
+        if path.name.startswith("step_") and path.name != name:  # a copy by any other name may be asked for
+            raise ValueError(f"holds what was saved as {name}")
         names = sorted(manifest["files"])
         why = layout.damage(path, names[comm.rank() :: comm.world_size()], manifest["files"])
     except (ValueError, KeyError, OSError) as error:

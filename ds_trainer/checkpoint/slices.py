@@ -13,6 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def file_name(rank: int) -> str:
 def write_slices(path: Path, slices: Mapping[SliceKey, Tensor], moved: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Write a safetensors file through to the disk.
 
-    The library would hold every byte a second time and hash nothing; here a chunk is hashed while it is written.
+    The library would hold every byte a second time and hash nothing; here another thread hashes what is being written.
 
     Args:
         path: the file.
@@ -54,17 +55,23 @@ def write_slices(path: Path, slices: Mapping[SliceKey, Tensor], moved: Callable[
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     sha = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+    hashed = []
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         for chunk in _chunks(len(text).to_bytes(8, "little") + text, slices.values()):
-            hashed = hasher.submit(sha.update, chunk)
-            file.write(chunk)
-            hashed.result()
+            hashed.append(hasher.submit(sha.update, chunk))
+            _write(file, chunk)
             moved()
             faults.point("save_half_written")
-        file.flush()
         faults.point("save_before_fsync")
         os.fsync(file.fileno())
+        for each in hashed:
+            each.result()
         return {"bytes": file.tell(), "sha256": sha.hexdigest()}
+
+
+def _write(file: FileIO, chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[file.write(chunk) :]
 
 
 def _chunks(head: bytes, tensors: Iterable[Tensor]) -> Iterable[memoryview]:

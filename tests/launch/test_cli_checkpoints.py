@@ -140,7 +140,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_when_there
     assert full.codes == [5, 5], full.text
     said = " ".join(full.text.split())
     assert said.count("the checkpoint step_00000004 could not be written in") == 1, full.text
-    for words in ("GiB are free", "step_00000002 is complete and kept", "Free space", "goes on from step 2"):
+    for words in ("MiB are free", "step_00000002 is complete and kept", "Free space", "goes on from step 2"):
         assert words in said
     assert "Traceback (most" not in full.text
     assert names(run) == ["step_00000002"]

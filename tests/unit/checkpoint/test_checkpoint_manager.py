@@ -67,6 +67,11 @@ def test_order_is_by_step_and_not_by_name(tmp_path, step):
     assert layout.complete_checkpoints(tmp_path)[-1].name == layout.checkpoint_name(step)
 
 
+def rename_the_older_one(path: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(path.parent / "step_00000001", path)
+
+
 def damage_by_flip(path: Path, name: str = PART, at: int = -3) -> None:
     raw = bytearray((path / name).read_bytes())
     raw[at] ^= 1
@@ -82,6 +87,7 @@ DAMAGES = {
     "truncated": (lambda path: (path / PART).write_bytes(b"x"), f"{PART} has 1 bytes instead of "),
     "emptied": (lambda path: (path / PART).write_bytes(b""), f"{PART} has 0 bytes instead of "),
     "deleted": (lambda path: (path / PART).unlink(), f"{PART} is missing"),
+    "another step's folder": (rename_the_older_one, "holds what was saved as step_00000001"),
     "that of another step": (swap, f"{PART} does not have the content that was written"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
     "broken manifest": (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
@@ -134,6 +140,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_silently_start_anew(tmp_path)
 def test_a_path_that_was_asked_for_is_taken_or_refused(tmp_path):
     first, second = save(tmp_path, 1), save(tmp_path, 2)
     assert find(tmp_path, str(first))[0].path == first
+    backup = shutil.copytree(first, tmp_path / "backup")
+    assert find(tmp_path, str(backup))[0].path == backup
     damage_by_flip(second)
     with pytest.raises(ResumeError, match="does not have the content"):
         find(tmp_path, str(second))
@@ -189,7 +197,7 @@ def test_what_goes_wrong_after_the_commit_is_told_and_does_not_undo_it(tmp_path,
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     free = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(CheckpointError, match=r"it takes 0\.000 GiB and 0\.000 GiB are free.*There is no earlier checkpoint"):
+    with pytest.raises(CheckpointError, match=r"it takes 0\.01 MiB, and 0\.00 MiB are free.*There is no earlier checkpoint"):
         save(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
 
