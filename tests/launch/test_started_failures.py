@@ -42,7 +42,7 @@ def ended(run: Path) -> dict:
 
 @pytest.mark.parametrize("fault", ["raise", "killed"])
 def test_a_failing_rank_is_named_with_its_cause_and_the_others_end(run_file, tmp_path, fault):
-    config = run_file("run", checkpoint={"every_steps": 2}, train={"max_steps": 50})
+    config = run_file("run", checkpoint={"every_steps": 2, "background": False}, train={"max_steps": 50})
     mark = uuid.uuid4().hex
     command = torchrun(2, WORKER, fault, "train", "--config", config.name, "--resume", "never")
     done = run_command(command, cwd=tmp_path, env=clean_environment(MARK=mark))
