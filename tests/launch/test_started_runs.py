@@ -94,7 +94,7 @@ def test_both_launchers_and_debug_train_the_same_and_leave_a_whole_run_folder(ru
     resolved = (tmp_path / "three" / "resolved.json").read_text()
     assert f"{config.name}:" in resolved, "settings must name file and line"
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
-    assert events == ["started", "saved", "saved", "ended"]
+    assert events == ["started_anew", "started", "saved", "saved", "ended"]
     ended = json.loads((tmp_path / "three" / "exit.json").read_text())
     assert (ended["code"], ended["step"], ended["reason"]) == (0, 4, "done")
     assert ended["continue"].startswith("deepspeed --num_gpus 2 --module ds_trainer train --config two.yaml")
