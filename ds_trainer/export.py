@@ -120,7 +120,7 @@ def write_in_parts(found: Found, settings: RunSettings, tokenizer: Any, folder: 
     dtype = getattr(torch, DTYPES[precision])
     with torch.device("meta"):
         model = empty_model(settings, tokenizer, precision)
-    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
+    reader = found.slices()
     wanted = {name: value.shape for name, value in model.named_parameters()}  # tied ones once
     require_weights(reader, wanted, found)
     parts: list[list[str]] = [[]]
@@ -159,6 +159,13 @@ def empty_model(settings: RunSettings, tokenizer: Any, precision: str) -> Any:
         attention="sdpa",
         trust_remote_code=settings.model.trust_remote_code,
     )
+    grow_vocabulary(model, settings, tokenizer)
+    model.config.use_cache = True
+    return model
+
+
+def grow_vocabulary(model: Any, settings: RunSettings, tokenizer: Any) -> None:
+    """Give a model the vocabulary it was trained with."""
     load.finish_model(
         model,
         tokens=len(tokenizer),
@@ -166,8 +173,6 @@ def empty_model(settings: RunSettings, tokenizer: Any, precision: str) -> Any:
         gradient_checkpointing=False,
         seed=settings.train.seed,
     )
-    model.config.use_cache = True
-    return model
 
 
 def require_weights(reader: SliceReader, wanted: Mapping[str, torch.Size], found: Found) -> None:
@@ -189,15 +194,9 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
     else:
         config = load.load_config(settings.model)
         model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa")
-        load.finish_model(
-            model,
-            tokens=len(tokenizer),
-            resize=settings.model.resize_vocabulary,
-            gradient_checkpointing=False,
-            seed=settings.train.seed,
-        )
+        grow_vocabulary(model, settings, tokenizer)
         model = add_lora(model, settings.adapter.lora, settings.train.seed)
-    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
+    reader = found.slices()
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     require_weights(reader, {name: parameter.shape for name, parameter in wanted.items()}, found)
     with torch.no_grad():

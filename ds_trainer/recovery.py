@@ -12,7 +12,6 @@ from ds_trainer.assemble import Prepared, evaluate_rows
 from ds_trainer.checkpoint import manager
 from ds_trainer.checkpoint.keep import Keep
 from ds_trainer.checkpoint.saver import Saver
-from ds_trainer.checkpoint.slices import SliceReader
 from ds_trainer.data.loader import Windows
 from ds_trainer.data.sources import Report
 from ds_trainer.engine.wrapper import Engine
@@ -162,9 +161,7 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
             f"{found.path} cannot be continued: {told}. Start with the settings it was saved with, or start anew with "
             f"--resume never.{hint}"
         )
-    rest = found.manifest["engine"]
-    reader = SliceReader(sorted(found.path / name for name in found.manifest["files"]))
-    engine.restore(reader.read, rest)
+    engine.restore(found.slices().read, found.manifest["engine"])
     state = TrainState.from_json(found.manifest["state"])
     probe = found.manifest["probe"]
     loss, _ = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])

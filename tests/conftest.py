@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,3 +28,17 @@ def run_file(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
         return write_run(corpus, tmp_path, name, **sections)
 
     return write
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk that holds one checkpoint and no second one; it can be made larger."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -10,6 +10,7 @@ from typing import Any
 from ds_trainer import comm
 from ds_trainer.checkpoint import layout
 from ds_trainer.checkpoint.saver import remove
+from ds_trainer.checkpoint.slices import SliceReader
 from ds_trainer.errors import ResumeError
 
 
@@ -19,6 +20,10 @@ class Found:
 
     path: Path
     manifest: dict[str, Any]
+
+    def slices(self) -> SliceReader:
+        """What its files hold together."""
+        return SliceReader(sorted(self.path / name for name in self.manifest["files"]))
 
 
 def find(folder: Path, resume: str, report: Callable[[str], None], *, was_saved: bool) -> Found | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -41,20 +40,6 @@ def test_the_newest_is_taken_whatever_latest_says(checkpoints, tmp_path):
     for kind, _, spoil in spoiled_pointers():
         assert taken_after(spoil, checkpoints, tmp_path) == (NEWEST, []), kind
     assert taken_after(lambda folder: None, checkpoints, tmp_path) == (NEWEST, [])
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk that holds one checkpoint and no second one; it can be made larger."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def events(run: Path) -> list[dict]:

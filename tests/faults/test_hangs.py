@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Done, clean_environment, run_command, torchrun
+from live import processes_with
 
 pytestmark = pytest.mark.launch
 
@@ -18,18 +19,6 @@ LIMIT = 6
 BUSY_SECONDS = 20
 """What a busy machine may add."""
 TRAIN = {"max_steps": 1000, "hang_timeout_seconds": LIMIT, "collective_timeout_seconds": 120}
-
-
-def processes_with(mark: str) -> list[int]:
-    """Processes whose environment carries the mark."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (path / "environ").read_bytes():
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
 
 
 def hang(run_file, tmp_path: Path, fault: str, **sections) -> tuple[Done, Path, float]:

@@ -1,12 +1,10 @@
 """Which checkpoint a start goes on from, when it refuses to, and what export makes of it."""
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 from forks import Command, run_all
 from helpers import metrics
 
@@ -116,20 +114,6 @@ def test_a_start_takes_the_newest_whole_checkpoint_of_its_own_run_or_refuses(run
     refused("export_merge", "there is no adapter to merge. Leave --merge out")
     refused("export_under_a_file", "mine.txt/x: cannot be written (Not a directory)")
     assert not list(tmp_path.glob(".partial-*"))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk that holds one checkpoint and no second one; it can be made larger."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_when_there_is_space(run_file, tmp_path, small_disk):
