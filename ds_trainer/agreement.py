@@ -15,17 +15,9 @@ from ds_trainer import __version__, comm
 from ds_trainer.arguments.report import flatten, resolved_as_json
 from ds_trainer.assemble import Prepared
 from ds_trainer.errors import DisagreementError
+from ds_trainer.launch.exports import COMMON_VARIABLES
 from ds_trainer.monitor.metrics import as_ranges
 
-COMMON_VARIABLES = (
-    "NCCL_ALGO",
-    "NCCL_PROTO",
-    "NVIDIA_TF32_OVERRIDE",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "DS_ACCELERATOR",
-)
-"""Of the environment, what decides how ranks talk or what they compute. Interfaces and devices may differ from host to host."""
 _SHOWN_ROWS, _SHOWN_VALUE = 8, 60
 _ABSENT = "(not there)"
 

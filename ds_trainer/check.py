@@ -48,14 +48,25 @@ def as_text(resolved: Resolved, world_size: int, device_type: str) -> str:
     )
 
 
-def missing_files(resolved: Resolved) -> list[str]:
-    """What the run file names and this machine does not have: no error, since a check may run elsewhere than the run."""
+def named_paths(resolved: Resolved) -> list[tuple[str, str]]:
+    """What the run file names of files, folders, globs and hub ids: (setting, path)."""
     settings = resolved.settings
-    named = {"model.tokenizer": settings.model.tokenizer, "model.path": settings.model.path}
+    config = settings.model.config if isinstance(settings.model.config, str) else None
+    named = {"model.tokenizer": settings.model.tokenizer, "model.path": settings.model.path, "model.config": config}
     paths = [(name, path) for name, path in named.items() if path]
     paths += [("data.sources", source.path) for source in settings.data.sources]
     paths += [("evaluate.sources", source.path) for source in (settings.evaluate.sources if settings.evaluate else [])]
-    missing = [f"  {name}: {path}" for name, path in paths if not glob.glob(path) and not _HUB_ID.fullmatch(path)]
+    return paths
+
+
+def on_the_hub(path: str) -> bool:
+    """Whether a path (or glob) is not on this machine and may be `owner/name` on the hub."""
+    return not glob.glob(path) and _HUB_ID.fullmatch(path) is not None
+
+
+def missing_files(resolved: Resolved) -> list[str]:
+    """What the run file names and this machine does not have: no error, since a check may run elsewhere than the run."""
+    missing = [f"  {name}: {path}" for name, path in named_paths(resolved) if not glob.glob(path) and not on_the_hub(path)]
     return ["", "Not on this machine (paths start from the current folder):", *missing] if missing else []
 
 

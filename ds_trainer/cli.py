@@ -321,6 +321,52 @@ def verify(
     )
 
 
+@app.command()
+def doctor(
+    hostfile: Annotated[
+        Path | None, typer.Option("--hostfile", help="Hosts to examine through ssh; by default this machine alone.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="The run file: its paths, disk and ops are examined too."),
+    ] = None,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Sets = None,
+    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="Where the ranks would meet.")] = 29500,
+    collectives: Annotated[
+        bool, typer.Option("--collectives/--no-collectives", help="Let the ranks of all hosts exchange tensors, and time them.")
+    ] = True,
+    build: Annotated[bool, typer.Option("--build", help="Build the DeepSpeed ops that the run needs, on every host.")] = False,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds a host may take to answer.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, with every fact.")] = False,
+) -> None:
+    """Examine this machine, or all hosts of a hostfile, before a run: what would stop it there, and how to mend that.
+
+    Ends with 0 when the hosts are fit (warnings allowed), and with 2 when something must be mended first.
+    """
+    import json
+
+    from ds_trainer.doctor import report as page
+    from ds_trainer.doctor.examine import Wishes, examine
+    from ds_trainer.doctor.judge import judge
+    from ds_trainer.launch.hostfile import read_hostfile
+
+    wishes = Wishes(
+        hosts=read_hostfile(hostfile) if hostfile else None,
+        resolved=_resolve(config, deepspeed, overrides, sets, None) if config else None,
+        port=port,
+        seconds=timeout,
+        collectives=collectives,
+        build=build,
+    )
+    evidence = examine(wishes, dict(os.environ), lambda line: print(line, file=sys.stderr, flush=True))
+    findings = judge(evidence)
+    typer.echo(json.dumps(page.as_json(evidence, findings), indent=1) if as_json else page.as_text(evidence, findings))
+    if any(finding.verdict == "fail" for finding in findings):
+        raise typer.Exit(EXIT_REFUSED)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code. An error of the user's is printed without a traceback.
 

@@ -77,6 +77,27 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
+def scatter_sums(pieces: list[Tensor]) -> Tensor:
+    """Collective. Of each rank's list of tensors, one a rank, the sum of those at this rank's place."""
+    mine = torch.empty_like(pieces[0])
+    dist.reduce_scatter(mine, pieces)
+    return mine
+
+
+def gather_tensors(value: Tensor) -> list[Tensor]:
+    """Collective. The ranks' tensors, which have one shape, by rank."""
+    gathered = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(gathered, value)
+    return gathered
+
+
+def wait_for_all() -> None:
+    """Collective. Returns when every rank is here; what the device was told before is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
 def largest(value: int) -> int:
     """Collective. The largest of the ranks' integers; the device is not waited for."""
     if world_size() == 1:

@@ -18,7 +18,6 @@ from typing import Any
 
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.checkpoint import layout
-from ds_trainer.checkpoint.saver import in_words
 from ds_trainer.errors import CheckpointError, RefusedError, TrainingError
 
 Report = Callable[[str], None]
@@ -60,7 +59,7 @@ def verify_run(run: Path, report: Report) -> None:
             loss = "" if manifest["held_out_loss"] is None else f", held-out loss {manifest['held_out_loss']:.4f}"
             ranks = manifest["layout"]["ranks"]
             report(
-                f"{path.name}  whole    {in_words(num_bytes)} of {ranks} {'rank' if ranks == 1 else 'ranks'} "
+                f"{path.name}  whole    {layout.in_words(num_bytes)} of {ranks} {'rank' if ranks == 1 else 'ranks'} "
                 f"in {seconds:.1f} s, ZeRO-{manifest['layout']['zero_stage']}{loss}"
             )
         else:

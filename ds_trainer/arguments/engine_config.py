@@ -91,6 +91,33 @@ def optimizer_kind(resolved: Resolved, device_type: str) -> OptimizerKind:
     return "fused_adam" if device_type == "cuda" else "torch_adamw"
 
 
+def needed_ops(resolved: Resolved, device_type: str) -> tuple[str, ...]:
+    """Which of DeepSpeed's ops are compiled for this run, in the words of `engine.offload`.
+
+    Source, for an optimizer that DeepSpeed builds: deepspeed 0.19.8, runtime/engine.py `_configure_basic_optimizer`.
+    """
+    kind = optimizer_kind(resolved, device_type)
+    ops: list[str] = [kind] if kind in ("cpu_adam", "fused_adam") else []
+    params = resolved.deepspeed.find("optimizer.params.torch_adam")
+    if kind == "deepspeed" and (params is None or params.value is not True):
+        name = written_optimizer(resolved).lower()
+        offloaded = offload_device(resolved, "offload_optimizer") != "none"
+        ops += filter(None, [_OPS_OF_DEEPSPEED.get(name, ("", ""))[offloaded]])
+    if "nvme" in (offload_device(resolved, "offload_optimizer"), offload_device(resolved, "offload_param")):
+        ops.append("async_io")
+    return tuple(ops)
+
+
+_OPS_OF_DEEPSPEED = {
+    "adam": ("fused_adam", "cpu_adam"),
+    "adamw": ("fused_adam", "cpu_adam"),
+    "lion": ("fused_lion", "cpu_lion"),
+    "lamb": ("fused_lamb", "fused_lamb"),
+    "adagrad": ("", "cpu_adagrad"),
+}
+"""What `optimizer.type` of the JSON needs compiled: (on the device, offloaded)."""
+
+
 def written_optimizer(resolved: Resolved) -> str:
     """Which optimizer it is, whoever implements it: AdamW, or what the DeepSpeed JSON names."""
     written = resolved.deepspeed.find("optimizer.type")

@@ -34,6 +34,11 @@ _OWN_HASH = "sha256_of_the_rest"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
+def in_words(num_bytes: int) -> str:
+    """A size on the disk, such as "3.52 GiB"."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
+
+
 def checkpoint_name(step: int) -> str:
     """The folder of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"

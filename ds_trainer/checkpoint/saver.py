@@ -130,7 +130,7 @@ def write_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         remove([partial])
         if (free := shutil.disk_usage(folder).free) < num_bytes:
-            raise CheckpointError(f"it takes {in_words(num_bytes)}, and {in_words(free)} are free")
+            raise CheckpointError(f"it takes {layout.in_words(num_bytes)}, and {layout.in_words(free)} are free")
         partial.mkdir()
         layout.fsync_folder(folder)
         faults.point("save_folder_made")
@@ -196,11 +196,6 @@ def remove(checkpoints: list[Path]) -> None:
             path.rename(doomed)
             faults.point("save_half_pruned")
             shutil.rmtree(doomed, ignore_errors=True)
-
-
-def in_words(num_bytes: int) -> str:
-    """A size on the disk, such as "3.52 GiB"."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _wait_for(folder: Path) -> None:

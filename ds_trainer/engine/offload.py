@@ -9,22 +9,34 @@ from __future__ import annotations
 import fcntl
 import importlib
 import os
+import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ds_trainer.errors import BuildError
 
-_BUILDERS = {"cpu_adam": "CPUAdamBuilder", "fused_adam": "FusedAdamBuilder", "async_io": "AsyncIOBuilder"}
+_BUILDERS = {
+    "cpu_adam": "CPUAdamBuilder",
+    "fused_adam": "FusedAdamBuilder",
+    "async_io": "AsyncIOBuilder",
+    "cpu_lion": "CPULionBuilder",
+    "fused_lion": "FusedLionBuilder",
+    "fused_lamb": "FusedLambBuilder",
+    "cpu_adagrad": "CPUAdagradBuilder",
+}
 _NEEDED_BY = {
     "cpu_adam": "optimizer offload (zero_optimization.offload_optimizer)",
     "fused_adam": "DeepSpeed's fused AdamW on the GPU",
     "async_io": "offload to nvme",
 }
+_FOR_GPU = ("fused_adam", "fused_lion", "fused_lamb")
 STALE_SECONDS = 20 * 60
 """A build takes one to three minutes; a lock of this age belongs to a process that died."""
 
@@ -33,17 +45,13 @@ def build_op(name: str, report: Callable[[str], None]) -> None:
     """Compile one of DeepSpeed's ops, or load it if that was done before. One process a host compiles, the others wait.
 
     Args:
-        name: `cpu_adam`, `fused_adam` or `async_io`.
+        name: `cpu_adam`, `fused_adam`, `async_io`, or what else `arguments.engine_config.needed_ops` names.
         report: takes a line for the user.
 
     Raises:
         BuildError: a compiler or library is missing, or the compiler failed; with what to install.
     """
-    # ninja comes with DeepSpeed into the environment's bin folder, which is on PATH only when the environment is active.
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    builder = getattr(importlib.import_module("deepspeed.ops.op_builder"), _BUILDERS[name])()
+    builder = _builder(name)
     folder = _build_folder(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +59,7 @@ def build_op(name: str, report: Callable[[str], None]) -> None:
         if not built:
             # Every rank says so before it waits for the one that builds: only rank zero's words are shown.
             _require_tools(name, builder)
-            report(f"building DeepSpeed's op {name} for {_NEEDED_BY[name]}; this takes some minutes and happens once")
+            report(f"building DeepSpeed's op {name} for {_needed_by(name)}; this takes some minutes and happens once")
         with open(folder.parent / f"{name}.ds_trainer.lock", "w") as lock:
             # The kernel releases this lock with its owner, so unlike torch's it cannot go stale.
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -71,9 +79,67 @@ def build_op(name: str, report: Callable[[str], None]) -> None:
         text = str(error)
         cause = next((line.strip() for line in text.splitlines() if "error:" in line), text.strip().split("\n")[0])
         raise BuildError(
-            f"DeepSpeed's op {name}, needed for {_NEEDED_BY[name]}, could not be built: {cause[:300]}. "
+            f"DeepSpeed's op {name}, needed for {_needed_by(name)}, could not be built: {cause[:300]}. "
             f"The compiler's output is in this rank's log. {_advice(name)}"
         ) from error
+
+
+def examine_op(name: str) -> dict[str, Any]:
+    """What this host has of an op, as JSON: whether it is built, what a build would lack, and a lock in its way."""
+    builder = _builder(name)
+    folder = _build_folder(name)
+    try:
+        _require_tools(name, builder)
+        lacks = None
+    except BuildError as error:
+        lacks = str(error)
+    return {
+        "op": name,
+        "folder": str(folder),
+        "built": any(folder.glob("*.so")),
+        "lacks": lacks,
+        "stale_lock_seconds": _age_of_stale_lock(folder / "lock"),
+        "compiler": _version_of(_compiler(), "--version"),
+        "nvcc": _cuda_of_nvcc() if name in _FOR_GPU and torch.version.cuda else None,
+        "torch_cuda": torch.version.cuda if name in _FOR_GPU else None,
+    }
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or shutil.which("c++") or "g++"
+
+
+def _version_of(*command: str) -> str | None:
+    """The first line that a program prints; None when it cannot be started."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)
+
+
+def _cuda_of_nvcc() -> str | None:
+    """Version of the CUDA toolkit that would build an op, such as 12.8; None when there is none."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    try:
+        done = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    return found[1] if found else None
+
+
+def _builder(name: str) -> Any:
+    # ninja comes with DeepSpeed into the environment's bin folder, which is on PATH only when the environment is active.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    return getattr(importlib.import_module("deepspeed.ops.op_builder"), _BUILDERS[name])()
+
+
+def _needed_by(name: str) -> str:
+    return _NEEDED_BY.get(name, "the optimizer that the DeepSpeed JSON names")
 
 
 def _build_folder(name: str) -> Path:
@@ -84,13 +150,19 @@ def _build_folder(name: str) -> Path:
 
 def _remove_stale_lock(folder: Path, report: Callable[[str], None]) -> None:
     lock = folder / "lock"
+    age = _age_of_stale_lock(lock)
+    if age is not None:
+        lock.unlink(missing_ok=True)
+        report(f"removed a build lock that a killed process left behind {age / 60:.0f} min ago ({lock})")
+
+
+def _age_of_stale_lock(lock: Path) -> float | None:
+    """Seconds since a killed build left its lock behind; None when there is none, or somebody builds."""
     try:
         age = time.time() - lock.stat().st_mtime
     except FileNotFoundError:
-        return
-    if age > STALE_SECONDS or not _someone_builds(folder):
-        lock.unlink(missing_ok=True)
-        report(f"removed a build lock that a killed process left behind {age / 60:.0f} min ago ({lock})")
+        return None
+    return age if age > STALE_SECONDS or not _someone_builds(lock.parent) else None
 
 
 def _someone_builds(folder: Path) -> bool:
@@ -104,26 +176,29 @@ def _someone_builds(folder: Path) -> bool:
     return False
 
 
-def _require_tools(name: str, builder: object) -> None:
+def _require_tools(name: str, builder: Any) -> None:
     compiler = os.environ.get("CXX", "c++")
     if not (shutil.which(compiler) or shutil.which("g++")):
         raise BuildError(f"DeepSpeed's op {name} needs a C++ compiler, and `{compiler}` was not found. {_advice(name)}")
     if not shutil.which("ninja"):
         raise BuildError(f"DeepSpeed's op {name} needs ninja, which was not found. Install it: pip install ninja")
-    if name == "async_io" and not builder.is_compatible(verbose=False):  # type: ignore[attr-defined]
+    if name == "async_io" and not builder.is_compatible(verbose=False):
         raise BuildError(f"offload to nvme needs libaio and its header, which were not found. {_advice(name)}")
 
 
 def _advice(name: str) -> str:
     if name == "async_io":
         return "Install them: apt-get install g++ libaio-dev (or dnf install gcc-c++ libaio-devel)."
+    if name.startswith("cpu_") and name != "cpu_adam":
+        return "Install a compiler: apt-get install g++ (or dnf install gcc-c++)."
     if name == "cpu_adam":
         return (
             "Install a compiler: apt-get install g++ (or dnf install gcc-c++); or do without: "
             '"optimizer": {"type": "AdamW", "params": {"torch_adam": true}} in the DeepSpeed JSON.'
         )
-    cuda = torch.version.cuda or "none"
+    toolkit = f"Install g++ and a CUDA toolkit of torch's version ({torch.version.cuda or 'none'})"
+    if name != "fused_adam":
+        return f"{toolkit}."
     return (
-        f"Install g++ and a CUDA toolkit of torch's version ({cuda}); or do without: "
-        '"optimizer": {"type": "AdamW", "params": {"torch_adam": true}} in the DeepSpeed JSON.'
+        f'{toolkit}; or do without: "optimizer": {{"type": "AdamW", "params": {{"torch_adam": true}}}} in the DeepSpeed JSON.'
     )

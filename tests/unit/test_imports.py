@@ -14,7 +14,7 @@ GROUND = {"comm", "nonfinite", "protocols", "state"}
 PARTS = {"engine", "data", "model", "objectives", "checkpoint", "monitor"}
 LOOP = {"loop"}
 STORIES = {
-    *("train", "recovery", "agreement", "debug", "check", "export", "prepare", "assemble", "run_data", "verify"),
+    *("train", "recovery", "agreement", "debug", "check", "export", "prepare", "assemble", "run_data", "verify", "doctor"),
     "out_of_memory",
     "endings",
 }
