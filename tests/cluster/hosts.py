@@ -1,7 +1,7 @@
 """Hosts on one machine: each has its own network, name, processes and mounts, and an sshd; a bridge joins them.
 
-Made of Linux namespaces alone, so nothing outside is changed and nothing outlives this process: the first process of a host dies with
-it, and the kernel ends whatever else ran there and takes the links away.
+Made of Linux namespaces alone, so nothing outside is changed and nothing outlives this process: the first process of a host
+dies with it, and the kernel ends whatever else ran there and takes the links away.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Host:
             folder: where keys and configs of all hosts lie.
         """
         self.name, self.address, self.folder = name, address, folder
-        # The kernel ends unshare with this thread, unshare its child, and the child is the first process of the host: all end with it.
+        # The kernel ends unshare with this thread, and unshare its child, the first process of the host; all others end with it.
         spaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
         waits = ["bash", "-c", "while :; do sleep 3600; done"]  # bash takes note of children that others left behind
         self._outer = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, *waits])
@@ -145,11 +145,8 @@ def hosts(folder: Path, count: int) -> Iterator[list[Host]]:
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
         for host, key in zip(made, keys, strict=True):
             port = f"port_{host.name}"
-            subprocess.run(
-                ["ip", "link", "add", INTERFACE, "netns", str(host.pid), "type", "veth"]
-                + ["peer", "name", port, "netns", str(switch.pid)],
-                check=True,
-            )
+            ends = f"{INTERFACE} netns {host.pid} type veth peer name {port} netns {switch.pid}"
+            subprocess.run(["ip", "link", "add", *ends.split()], check=True)
             switch.sh(f"ip link set {port} master bridge up")
             host.sh(f"ip addr add {host.address}/24 dev {INTERFACE}; ip link set {INTERFACE} up")
             known.append(f"{host.name},{host.address} {key.with_suffix('.pub').read_text()}")
