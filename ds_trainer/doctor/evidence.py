@@ -86,6 +86,11 @@ class Evidence:
         return tuple(host for host in self.hosts if host.facts is not None)
 
     @property
+    def through_pdsh(self) -> bool:
+        """Whether `deepspeed` would start the workers through pdsh: with one host it starts them itself."""
+        return len(self.hosts) > 1
+
+    @property
     def master(self) -> str | None:
         """The address of rank zero that `deepspeed` would take."""
         facts = self.hosts[0].facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ds_trainer.doctor.evidence import HERE, Evidence, HostEvidence
 from ds_trainer.doctor.judge import judge
 from ds_trainer.doctor.needs import Needs, checkpoint_bytes, needs_of
 from ds_trainer.doctor.probe import LEFTOVER, fingerprint
-from ds_trainer.doctor.remote import Host, ask_all, clock_offset, local_command, ssh_command
+from ds_trainer.doctor.remote import Host, Unanswered, ask_all, clock_offset, local_command, ssh_command
 from ds_trainer.errors import ModelError
 from ds_trainer.launch.exports import COMMON_VARIABLES, read_exports, that_matter
 from ds_trainer.launch.hostfile import HostSlots
@@ -175,7 +176,8 @@ def _clocks(hosts: list[Host], limit: float) -> dict[str, tuple[float, float]]:
     found = {}
     for host in hosts:
         if not host.lost:
-            found[host.name] = clock_offset(host, limit)
+            with contextlib.suppress(Unanswered):  # the host says itself why
+                found[host.name] = clock_offset(host, limit)
     return found
 
 
@@ -228,7 +230,8 @@ def _share(hosts: list[Host], needs: Needs, limit: float) -> tuple[dict[str, Any
         seen = ask_all(hosts, "see_tokens", SHARED_SECONDS + limit, lambda host: look)
         return written, {name: bool(answer["seen"]) for name, answer in seen.items()}
     finally:
-        ask_all(hosts, "remove_tokens", limit)
+        for _ in range(2):  # a folder that was made for it can be removed when all hosts have taken their files out
+            ask_all(hosts, "remove_tokens", limit)
 
 
 def _ops(
@@ -276,8 +279,6 @@ def _checkpoint(resolved: Resolved | None) -> tuple[tuple[int, str] | None, str]
 
 def _with_collectives(evidence: Evidence, wishes: Wishes, hosts: list[Host], report: Report) -> Evidence:
     """The evidence with what came of the collectives, or why they were not run."""
-    from dataclasses import replace
-
     in_the_way = [each for each in judge(evidence) if each.verdict == "fail" and each.check in BEFORE_COLLECTIVES]
     if not wishes.collectives:
         reason = "--no-collectives"

@@ -46,7 +46,7 @@ def _say(verdict: Verdict, host: str | HostEvidence, found: str, rule: str = "",
 
 _SSH_FIXES = (
     ("could not resolve", "write a name that ssh knows, or give it an address in ~/.ssh/config: Host {host}, HostName ADDRESS"),
-    ("host identification has changed", "if the host was really set up anew: ssh-keygen -R {host}, then ssh {host} once"),
+    ("has changed", "if the host was really set up anew: ssh-keygen -R {host}, then ssh {host} once"),
     ("host key verification failed", "compare its fingerprint, then: ssh-keyscan {host} >> ~/.ssh/known_hosts"),
     ("permission denied", "let this user in with a key that has no passphrase or is in ssh-agent: ssh-copy-id {host}"),
     ("connection refused", "start sshd there (systemctl start ssh), or give its port in ~/.ssh/config: Host {host}, Port 22"),
@@ -98,7 +98,7 @@ def machines(evidence: Evidence) -> Iterator[Finding]:
 
 def pdsh(evidence: Evidence) -> Iterator[Finding]:
     """The launcher's pdsh is installed here, and can use ssh."""
-    if evidence.alone:
+    if not evidence.through_pdsh:
         return
     rule = "`deepspeed --hostfile` starts the workers of several hosts with it"
     instead = "or start torchrun on every host instead"
@@ -116,7 +116,7 @@ def pdsh(evidence: Evidence) -> Iterator[Finding]:
 
 def deepspeed_env(evidence: Evidence) -> Iterator[Finding]:
     """What DeepSpeed sends along arrives as it was written."""
-    if evidence.alone:
+    if not evidence.through_pdsh:
         return
     rule = (
         "DeepSpeed reads .deepspeed_env (here and at home) line by line as NAME=VALUE, and every host's shell reads that again"
@@ -132,7 +132,7 @@ def variables(evidence: Evidence) -> Iterator[Finding]:
     for host, facts in _with_facts(evidence):
         theirs, fine = facts["variables"], True
         for name, (decides, value) in evidence.matter.items():
-            if theirs.get(name) == value or evidence.alone:
+            if theirs.get(name) == value or not evidence.through_pdsh:
                 continue
             fine = False
             only_warned = any(fnmatchcase(name, pattern) for pattern in ONLY_WARNED)
@@ -161,9 +161,7 @@ def leftovers(evidence: Evidence) -> Iterator[Finding]:
     if not evidence.alone:
         places.update({host.name: tuple(facts["leftovers"]) for host, facts in _with_facts(evidence)})
     for place, names in places.items():
-        fix = f"unset {' '.join(names)}" + (
-            f" in the shell's start-up files of {place}" if place not in (HERE, "localhost") else ""
-        )
+        fix = f"unset {' '.join(names)}" + ("" if place == HERE else f" in the shell's start-up files of {place}")
         foreign = [name for name in names if not name.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_"))]
         if foreign:
             rule = (

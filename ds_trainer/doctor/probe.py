@@ -7,6 +7,7 @@ a driver, a compiler) runs in a process of its own with a time limit: a broken t
 
 from __future__ import annotations
 
+import array
 import contextlib
 import fcntl
 import glob
@@ -39,6 +40,8 @@ LEFTOVER = re.compile(
 )
 """Variables that a launcher sets for its workers, and that have no business in a shell."""
 DIAL_SECONDS = 3.0
+SIOCGIFCONF = 0x8912
+"""Asks for all IPv4 addresses with their interfaces: netdevice(7)."""
 MAX_FILES = 2000
 """Of a path, files whose size is compared."""
 
@@ -202,14 +205,15 @@ def _answer_of(command: list[str], seconds: float, progress: bool = False) -> di
 def interfaces() -> list[dict[str, Any]]:
     """Interfaces that are up, with the addresses they have."""
     found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as box:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            with contextlib.suppress(OSError):
-                flags = struct.unpack("H", fcntl.ioctl(box, 0x8913, request)[16:18])[0]  # SIOCGIFFLAGS
-                if flags & 1:  # IFF_UP
-                    address = socket.inet_ntoa(fcntl.ioctl(box, 0x8915, request)[20:24])  # SIOCGIFADDR
-                    found.append({"name": name, "address": address, "loopback": bool(flags & 8)})
+    room = array.array("B", bytes(40 * 256))  # a `struct ifreq` each
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as box:
+        request = struct.pack("iL", len(room), room.buffer_info()[0])
+        size = struct.unpack("iL", fcntl.ioctl(box, SIOCGIFCONF, request))[0]
+        for start in range(0, size, 40):
+            entry = room[start : start + 40].tobytes()
+            name = entry[:16].partition(b"\0")[0].decode().partition(":")[0]
+            address = socket.inet_ntoa(entry[20:24])
+            found.append({"name": name, "address": address, "loopback": name == "lo"})
     with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as file:
         for line in file:
             digits, _, _, scope, _, name = line.split()
@@ -418,13 +422,13 @@ def see_tokens(folder: str, names: list[str], seconds: float) -> dict[str, Any]:
 
 def remove_tokens() -> dict[str, Any]:
     """Leave no trace: our file, and the folders that were made for it, where nobody else has put anything into them."""
-    for path in _tokens:
+    for path in list(_tokens):
         with contextlib.suppress(OSError):
             if os.path.isdir(path):
                 os.rmdir(path)
             else:
                 os.unlink(path)
-    del _tokens[:]
+            _tokens.remove(path)
     return {}
 
 
@@ -516,7 +520,7 @@ def converse() -> None:
         try:
             answer = QUESTIONS[fields.pop("ask")](**fields)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"crashed": f"{type(error).__name__}: {error}"}
         say(answer)
 
 

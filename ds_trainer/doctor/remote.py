@@ -118,7 +118,10 @@ class Host:
             raise Unanswered(self.lost)
         try:
             self._write(json.dumps({"ask": question, **fields}).encode() + b"\n")
-            return self._answer(seconds)
+            answer = self._answer(seconds)
+            if "crashed" in answer:
+                raise Unanswered(f"the probe's question `{question}` failed there: {answer['crashed']}")
+            return answer
         except Unanswered as error:
             self.lost = str(error)
             raise
@@ -177,7 +180,7 @@ class Host:
 
     def _last_words(self) -> str:
         """What ssh (or the shell over there) said last, without the banner in front of it."""
-        return ": " + "; ".join(self._errors[-2:]) if self._errors else ""
+        return ": " + " ".join(self._errors[-2:]) if self._errors else ""
 
 
 def ask_all(
