@@ -183,12 +183,13 @@ def versions(evidence: Evidence) -> Iterator[Finding]:
     """Python, packages, NCCL and driver are the same everywhere."""
     table: dict[str, dict[str, str | None]] = {}
     for host, facts in _with_facts(evidence):
-        nccl_and_driver = {"NCCL": facts["torch"].get("nccl"), "NVIDIA driver": facts["driver"]}
-        table[host.name] = {"Python": facts["python"], **facts["packages"], **nccl_and_driver}
+        table[host.name] = {"Python": facts["python"], **facts["packages"], "NVIDIA driver": facts["driver"]}
+        if not _torch_is_broken(facts):
+            table[host.name]["NCCL"] = facts["torch"]["nccl"]
     for host, facts in _with_facts(evidence):
         own, fine = table[host.name], True
         for name, version in own.items():
-            usual = _usual({each: row[name] for each, row in table.items()})
+            usual = _usual({each: row[name] for each, row in table.items() if name in row})
             if version is None and usual is None and name in ("torch", "deepspeed", "transformers"):
                 fine = False
                 fix = f"{facts['executable']} -m pip install {name}"
@@ -221,7 +222,7 @@ def torch(evidence: Evidence) -> Iterator[Finding]:
             there = "" if evidence.alone else f"ssh {host.name} "
             fix = f"see what it says in full: {there}{facts['executable']} -c 'import torch'"
             yield _say("fail", host, f"torch cannot be imported: {answer['error']}", "every rank imports it", fix)
-        elif facts["gpus"] and not answer["usable"] and not facts["gpus_hidden"]:
+        elif _torch_is_broken(facts):
             why = f": {answer['why_not']}" if answer["why_not"] else ""
             fix = "install a torch that was built with CUDA"
             if answer["cuda"]:
@@ -232,6 +233,11 @@ def torch(evidence: Evidence) -> Iterator[Finding]:
             kinds = answer["devices"]
             used = f"{len(kinds)} x {kinds[0][0]}, CUDA {answer['cuda']}" if kinds else "on the CPU"
             yield _say("ok", host, f"torch {answer['version']}, {used}")
+
+
+def _torch_is_broken(facts: dict[str, Any]) -> bool:
+    answer = facts["torch"]
+    return "error" in answer or bool(facts["gpus"] and not answer["usable"] and not facts["gpus_hidden"])
 
 
 def code(evidence: Evidence) -> Iterator[Finding]:
@@ -260,6 +266,8 @@ def devices(evidence: Evidence) -> Iterator[Finding]:
     any_gpu = any(kinds.values())
     usual = _usual({f"{name} {index}": kind for name, own in kinds.items() for index, kind in enumerate(own)}, None)
     for host, facts in _with_facts(evidence):
+        if _torch_is_broken(facts):
+            continue  # that is said there
         have, cores = len(kinds[host.name]), facts["cores"]
         other = next((kind for kind in kinds[host.name] if kind != usual), None)
         write = f"write `{host.name} slots={have if any_gpu else cores}` in the hostfile"

@@ -1,0 +1,520 @@
+"""Each broken set-up is named right: the check, the host, what was found, and a fix with the value that fits."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ds_trainer.doctor.evidence import HERE, Evidence, HostEvidence
+from ds_trainer.doctor.judge import CHECKS, judge
+from ds_trainer.doctor.needs import Needs
+from ds_trainer.launch.exports import Exports
+
+GIB = 1 << 30
+H100 = ["NVIDIA H100", 80 * GIB]
+
+Break = Callable[[Evidence], Evidence]
+
+
+def host(number: int) -> HostEvidence:
+    """A host with two GPUs that has nothing wrong."""
+    others = [other for other in (1, 2, 3) if other != number]
+    facts = {
+        "host_name": f"node{number}",
+        "machine": [f"boot{number}", "net:[1]"],
+        "folder": "/work",
+        "python": "3.11.9",
+        "executable": "/venv/bin/python",
+        "packages": {"torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0", "peft": "0.21.2", "numpy": "2.4.6"},
+        "driver": "570.86",
+        "torch": {
+            "version": "2.13.0",
+            "cuda": "12.8",
+            "usable": True,
+            "devices": [H100, H100],
+            "nccl": "2.27.3",
+            "why_not": None,
+        },
+        "gpus": 2,
+        "gpus_hidden": False,
+        "cores": 64,
+        "code": {"folder": "/work/ds_trainer", "files": {"loop.py": "a", "train.py": "b"}},
+        "variables": {"HF_HOME": "1"},
+        "leftovers": [],
+        "interfaces": [
+            {"name": "lo", "address": "127.0.0.1", "loopback": True},
+            {"name": "eth0", "address": f"10.0.0.{number}", "loopback": False},
+        ],
+        "gloo_interface": None,
+        "infiniband": False,
+        "own_addresses": [f"10.0.0.{number}"],
+        "first_address": f"10.0.0.{number}",
+        "shm": {"free": 16 * GIB, "size": 16 * GIB},
+        "limits": {"nofile": [65536, 65536], "memlock": [-1, -1]},
+        "unlimited": -1,
+        "port_owner": None,
+    }
+    return HostEvidence(
+        name=f"node{number}",
+        slots=2,
+        facts=facts,
+        clock=(0.001 * number, 0.002),
+        reaches={f"node{other}": {f"10.0.0.{other}": "ok"} for other in others},
+        rendezvous=None if number == 1 else "ok",
+        paths={
+            "/data/model": {"found": True, "files": 3, "bytes": 9000, "digest": "m"},
+            "/data/x.jsonl": {"found": True, "files": 1, "bytes": 9000, "digest": "x"},
+        },
+        folder={"space": {"free": 100 * GIB, "size": 200 * GIB}, "checkpoints": 0, "file_system": "nfs4 on store:/out"},
+        sees_first=True,
+        ops=[
+            {
+                "op": "fused_adam",
+                "folder": "/ops/fused_adam",
+                "built": True,
+                "lacks": None,
+                "stale_lock_seconds": None,
+                "compiler": "c++ 12.2.0",
+                "nvcc": "12.8",
+                "torch_cuda": "12.8",
+            }
+        ],
+    )
+
+
+HEALTHY = Evidence(
+    hosts=(host(1), host(2), host(3)),
+    pdsh="ssh,exec",
+    matter={"HF_HOME": ("where models are found", "1")},
+    exports=Exports(variables={"NCCL_DEBUG": "INFO"}),
+    needs=Needs(
+        paths={"/data/model": "model.path", "/data/x.jsonl": "data.sources"},
+        hub_ids={},
+        run_folder="/out/run",
+        keep=3,
+        ops={"cuda": ("fused_adam",), "cpu": ()},
+        nvme=False,
+    ),
+    checkpoint=(10 * GIB, "894,784,853 trained parameters x 12 bytes"),
+    collectives={
+        "answer": {"alone": [1.0, 1.1, 0.9, 1.0, 1.2, 1.0], "wrong": [], "bandwidth": [], "device": "cuda"},
+        "failed": [],
+    },
+)
+
+
+def facts(**changed: Any) -> Break:
+    """On node2, facts are otherwise; a name may go deeper, as in torch__nccl."""
+    return facts_on("node2", **changed)
+
+
+def facts_on(*hosts: str, **changed: Any) -> Break:
+    def apply(evidence: Evidence) -> Evidence:
+        new = []
+        for each in evidence.hosts:
+            if each.name in hosts:
+                own = copy.deepcopy(each.facts)
+                for name, value in changed.items():
+                    *folders, last = name.split("__")
+                    place: Any = own
+                    for folder in folders:
+                        place = place[folder]
+                    place[last] = value
+                each = replace(each, facts=own)
+            new.append(each)
+        return replace(evidence, hosts=tuple(new))
+
+    return apply
+
+
+def on(name: str, **fields: Any) -> Break:
+    """A host's evidence is otherwise."""
+    return lambda evidence: replace(
+        evidence, hosts=tuple(replace(each, **fields) if each.name == name else each for each in evidence.hosts)
+    )
+
+
+def whole(**fields: Any) -> Break:
+    """The evidence as a whole is otherwise."""
+    return lambda evidence: replace(evidence, **fields)
+
+
+def both(*breaks: Break) -> Break:
+    def apply(evidence: Evidence) -> Evidence:
+        for each in breaks:
+            evidence = each(evidence)
+        return evidence
+
+    return apply
+
+
+def slots(count: int) -> Break:
+    """On node2, there are other slots."""
+    return both(on("node2", slots=count), whole(collectives=None))
+
+
+def paths(path: str, **answer: Any) -> Break:
+    """On node2, a path is answered otherwise."""
+    return on("node2", paths={**(HEALTHY.hosts[1].paths or {}), path: answer})
+
+
+def op(**changed: Any) -> Break:
+    """On node2, an op is otherwise."""
+    return on("node2", ops=[{**HEALTHY.hosts[1].ops[0], **changed}])  # type: ignore[index]
+
+
+def lost(reason: str) -> Break:
+    return on("node2", lost=reason, facts=None, clock=None, paths=None, folder=None, ops=None, reaches={}, rendezvous=None)
+
+
+FAR = {"node1": {"10.0.0.1": "no answer"}, "node3": {"10.0.0.3": "ok"}}
+SMALL = {"space": {"free": 25 * GIB, "size": 99 * GIB}, "checkpoints": 0, "file_system": "nfs4 on store:/out"}
+OTHER_NAMES = [
+    {"name": "docker0", "address": "172.17.0.1", "loopback": False},
+    {"name": "ib0", "address": "10.0.0.2", "loopback": False},
+]
+
+BROKEN: dict[str, tuple[Break, str, str, str, str, str]] = {
+    # name: what breaks it, check, host, verdict, what is found, the fix (the last two are patterns)
+    "no such host": (
+        *(lost("ssh: Could not resolve hostname node2: Name or service not known"), "ssh", "node2", "fail"),
+        *("Could not resolve", "Host node2, HostName ADDRESS"),
+    ),
+    "host is down": (
+        *(lost("ssh: connect to host node2 port 22: Connection timed out"), "ssh", "node2", "fail"),
+        *("timed out", "is the host up.* nc -vz node2 22"),
+    ),
+    "asks for a password": (
+        *(lost("me@node2: Permission denied (publickey,password)."), "ssh", "node2", "fail"),
+        *(r"Permission denied \(publickey,password\)", "ssh-copy-id node2"),
+    ),
+    "host key unknown": (lost("Host key verification failed."), "ssh", "node2", "fail", "Host key", "ssh-keyscan node2 >>"),
+    "host key changed": (
+        *(lost("Host key for node2 has changed. Host key verification failed."), "ssh", "node2", "fail"),
+        *("has changed", "ssh-keygen -R node2"),
+    ),
+    "login hangs": (
+        lost("no answer within 20 s"),
+        "ssh",
+        "node2",
+        "fail",
+        "within 20 s",
+        "`ssh node2 true` must end by itself",
+    ),
+    "no ssh here": (lost("ssh is not installed on this machine"), "ssh", "node2", "fail", "not installed", "openssh-client"),
+    "anything else": (lost("bash: exec: Bad CPU type"), "ssh", "node2", "fail", "Bad CPU", "see what `ssh node2 true` says"),
+    "no python": (
+        *(lost("no python at /venv/bin/python"), "python", "node2", "fail"),
+        *("no python at /venv/bin/python", "rsync -a /venv/ node2:/venv/"),
+    ),
+    "no folder": (lost("no folder /work"), "python", "node2", "fail", "no folder /work", "rsync -a /work/ node2:/work/"),
+    "one machine twice": (
+        *(facts(machine=["boot1", "net:[1]"]), "machines", "node2", "fail"),
+        *("node2 and node1 are one machine", "remove the line of node2"),
+    ),
+    "no pdsh": (whole(pdsh=None), "pdsh", HERE, "fail", "not installed", "apt-get install pdsh; or start torchrun"),
+    "pdsh without ssh": (whole(pdsh="rsh,exec"), "pdsh", HERE, "fail", "by rsh,exec only", "built with ssh"),
+    "blank line in .deepspeed_env": (
+        *(whole(exports=Exports(problems=(("~/.deepspeed_env:3", "blank", "sed -i 3d"),))), "deepspeed_env", HERE, "fail"),
+        *("deepspeed_env:3: blank", "sed -i 3d"),
+    ),
+    "variable lost": (
+        *(facts(variables={}), "variables", "node2", "fail"),
+        *("HF_HOME of this shell is lost", r'echo "HF_HOME=\$HF_HOME" >> ~/.deepspeed_env'),
+    ),
+    "variable differs": (
+        *(facts(variables={"HF_HOME": "2"}), "variables", "node2", "fail"),
+        *("HF_HOME of this shell has another value there", "HF_HOME"),
+    ),
+    "secret lost": (
+        *(whole(matter={"WANDB_API_KEY": ("where the tracker reports", "7")}), "variables", "node2", "fail"),
+        *("WANDB_API_KEY of this shell is lost", "wandb login.*prints"),
+    ),
+    "variable that may differ": (
+        *(whole(matter={"LD_LIBRARY_PATH": ("which libraries are loaded", "7")}), "variables", "node3", "warn"),
+        *("LD_LIBRARY_PATH of this shell is lost", "LD_LIBRARY_PATH"),
+    ),
+    "NCCL_ALGO only on one": (
+        *(facts(variables={"HF_HOME": "1", "NCCL_ALGO": "9"}), "variables", "node2", "fail"),
+        *("NCCL_ALGO is not what it is on the other hosts", "unset NCCL_ALGO in the shell's start-up files of node2"),
+    ),
+    "RANK in this shell": (
+        whole(leftovers=("RANK", "WORLD_SIZE")),
+        "leftovers",
+        HERE,
+        "warn",
+        "RANK",
+        "^unset RANK WORLD_SIZE$",
+    ),
+    "torchrun's marks on a host": (
+        *(facts(leftovers=["RANK", "TORCHELASTIC_RUN_ID"]), "leftovers", "node2", "fail"),
+        *("^TORCHELASTIC_RUN_ID in the shell", "unset RANK TORCHELASTIC_RUN_ID in the shell's start-up files of node2"),
+    ),
+    "another Python": (facts(python="3.12.1"), "versions", "node2", "fail", "Python 3.12.1, elsewhere 3.11.9", "same Python"),
+    "another torch": (
+        *(facts(packages__torch="2.12.0+cu128"), "versions", "node2", "fail"),
+        *(r"torch 2.12.0\+cu128, elsewhere 2.13.0", "on node2: /venv/bin/python -m pip install torch==2.13.0$"),
+    ),
+    "transformers missing": (
+        *(facts(packages__transformers=None), "versions", "node2", "fail"),
+        *("transformers is not there, elsewhere 5.23.0", "pip install transformers==5.23.0"),
+    ),
+    "deepspeed missing everywhere": (
+        *(facts_on("node1", "node2", "node3", packages__deepspeed=None), "versions", "node1", "fail"),
+        *("deepspeed is not installed", "pip install deepspeed$"),
+    ),
+    "another NCCL": (
+        facts(torch__nccl="2.26.2"),
+        "versions",
+        "node2",
+        "fail",
+        "NCCL 2.26.2, elsewhere 2.27.3",
+        "install torch",
+    ),
+    "another driver": (
+        *(facts(driver="550.54"), "versions", "node2", "warn"),
+        *("NVIDIA driver 550.54, elsewhere 570.86", "install driver 570.86 on node2"),
+    ),
+    "torch crashes": (
+        *(
+            facts(torch={"error": "no word, exit code -11 (killed by signal 11)"}, packages__torch="2.13.0"),
+            "torch",
+            "node2",
+            "fail",
+        ),
+        *("cannot be imported: .*signal 11", "ssh node2 /venv/bin/python -c 'import torch'"),
+    ),
+    "driver too old": (
+        *(
+            facts(torch__usable=False, torch__devices=[], torch__why_not="The NVIDIA driver is too old"),
+            "torch",
+            "node2",
+            "fail",
+        ),
+        *("2 GPUs, and torch 2.13.0 uses none of them: The NVIDIA driver is too old", "driver for CUDA 12.8 .there is 570.86."),
+    ),
+    "torch for the CPU": (
+        *(facts(torch__usable=False, torch__devices=[], torch__cuda=None), "torch", "node2", "fail"),
+        *("uses none of them", "a torch that was built with CUDA"),
+    ),
+    "code differs": (
+        *(facts(code__files={"loop.py": "z", "train.py": "b"}), "code", "node2", "fail"),
+        *(
+            "1 file of /work/ds_trainer not as elsewhere: loop.py",
+            "rsync -a --delete /work/ds_trainer/ node2:/work/ds_trainer/",
+        ),
+    ),
+    "code missing": (
+        *(facts(code={"folder": None, "files": {}}), "code", "node2", "fail"),
+        *("ds_trainer cannot be imported", "a folder that node2 has too"),
+    ),
+    "more slots than GPUs": (slots(8), "devices", "node2", "fail", "slots=8, and 2 GPUs", "`node2 slots=2`"),
+    "no GPU on one host": (
+        *(facts(torch__devices=[], gpus=0), "devices", "node2", "fail", "slots=2, and 0 GPUs"),
+        "remove node2 from the hostfile",
+    ),
+    "fewer slots than GPUs": (slots(1), "devices", "node2", "warn", "slots=1, and 2 GPUs", "`node2 slots=2`"),
+    "another GPU": (
+        *(facts(torch__devices=[H100, ["NVIDIA A100", 40 * GIB]]), "devices", "node2", "warn"),
+        *("a NVIDIA A100 with 40.00 GiB, most others are NVIDIA H100 with 80.00 GiB", "smaller GPU"),
+    ),
+    "few open files": (
+        *(facts(limits__nofile=[1000, 4096]), "limits", "node2", "fail"),
+        *("1000 open files at most", r"\* - nofile 65536"),
+    ),
+    "little locked memory and InfiniBand": (
+        *(facts(limits__memlock=[65536, 65536], infiniband=True), "limits", "node2", "fail"),
+        *("0.06 MiB of memory may be locked", r"\* - memlock unlimited"),
+    ),
+    "little locked memory": (
+        *(facts(limits__memlock=[8 << 20, 8 << 20]), "limits", "node2", "warn"),
+        *("8.00 MiB of memory may be locked", "unlimited"),
+    ),
+    "docker's /dev/shm": (
+        *(facts(shm={"free": 64 << 20, "size": 64 << 20}), "shm", "node2", "fail"),
+        *("64.00 MiB free of 64.00 MiB", "--shm-size"),
+    ),
+    "no /dev/shm": (facts(shm=None), "shm", "node2", "fail", "no /dev/shm", "remount"),
+    "clock a little off": (
+        *(on("node2", clock=(-7.0, 0.1)), "clock", "node2", "warn"),
+        *("7.0 s behind the other hosts", "on node2: systemctl enable --now chrony"),
+    ),
+    "clock a day off": (on("node2", clock=(86400.0, 0.1)), "clock", "node2", "fail", "86400.0 s ahead of", "chrony"),
+    "rendezvous blocked": (
+        *(on("node2", rendezvous="no answer"), "network", "node2", "fail"),
+        *("10.0.0.1:29500, where the ranks meet, is not reached: no answer", "open TCP ports 1024-65535"),
+    ),
+    "first address leads elsewhere": (
+        *(
+            both(facts_on("node1", first_address="172.17.0.1"), on("node3", rendezvous="someone else")),
+            "network",
+            "node3",
+            "fail",
+        ),
+        *("172.17.0.1:29500.*: someone else", "deepspeed --master_addr 10.0.0.1"),
+    ),
+    "no address": (
+        *(facts_on("node1", first_address=None), "network", "node1", "fail"),
+        *("`hostname -I` gives no address", "deepspeed --master_addr 10.0.0.1"),
+    ),
+    "two hosts that do not meet": (
+        *(on("node2", reaches=FAR), "network", "node2", "fail"),
+        *("reaches node1 at none of its addresses .10.0.0.1: no answer.", "open TCP ports"),
+    ),
+    "own name is 127.0.1.1": (
+        *(facts(own_addresses=["127.0.1.1"]), "name", "node2", "fail"),
+        *(
+            "its own name node2 resolves to 127.0.1.1$",
+            r"GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 >> ~/.deepspeed_env; with torchrun: export GLOO",
+        ),
+    ),
+    "own name is ::1": (facts(own_addresses=["::1"]), "name", "node2", "fail", "resolves to ::1$", "=eth0"),
+    "own name unknown": (facts(own_addresses=[]), "name", "node2", "fail", "does not resolve", "=eth0"),
+    "interfaces have other names": (
+        *(facts(own_addresses=["172.17.0.1"], interfaces=OTHER_NAMES), "name", "node2", "fail"),
+        *(
+            "resolves to 172.17.0.1, which the other hosts do not reach",
+            "interface ib0 is reached, at 10.0.0.2: write `10.0.0.2 node2` into /etc/hosts of node2",
+        ),
+    ),
+    "no such interface": (
+        *(
+            facts(gloo_interface="eth7"),
+            "name",
+            "node2",
+            "fail",
+            "GLOO_SOCKET_IFNAME=eth7, and there is no such interface",
+            "=eth0",
+        ),
+    ),
+    "port taken": (
+        *(facts_on("node1", port_owner={"pid": 77, "command": "python serve.py", "free": 29501}), "port", "node1", "fail"),
+        *("port 29500 is taken by process 77 .python serve.py.", "--master_port 29501"),
+    ),
+    "model missing on one host": (
+        *(paths("/data/model", found=False), "paths", "node2", "fail"),
+        *("model.path: /data/model is not there", "share or copy it"),
+    ),
+    "data cannot be read": (
+        *(paths("/data/x.jsonl", found=True, error="x: Permission denied"), "paths", "node2", "fail"),
+        *("data.sources: cannot be read: x: Permission denied", r"chmod -R a\+rX /data/x.jsonl"),
+    ),
+    "data differs": (
+        *(paths("/data/x.jsonl", found=True, files=1, bytes=1, digest="y"), "paths", "node2", "fail"),
+        *("/data/x.jsonl holds something else than on the other hosts", "copy it to node2 anew"),
+    ),
+    "run folder read-only": (
+        *(on("node2", folder={"error": "/out/run: Read-only file system"}, sees_first=None), "run_folder", "node2", "fail"),
+        *("/out/run: Read-only file system", "may write on every host"),
+    ),
+    "run folder not shared": (
+        *(on("node2", sees_first=False), "run_folder", "node2", "fail"),
+        *("what node1 wrote there is not seen", "that all hosts mount"),
+    ),
+    "disk too small": (
+        *(on("node2", folder=SMALL), "disk", "node2", "fail"),
+        *("25.00 GiB free in /out/run, and 30.00 GiB wanted", "free 5.00 GiB, or set checkpoint.keep_last=1"),
+    ),
+    "no compiler": (
+        *(op(built=False, lacks="DeepSpeed's op cpu_adam needs a C++ compiler, and `c++` was not found. Install g++."), "ops"),
+        *("node2", "fail", "needs a C\\+\\+ compiler", "^Install g\\+\\+"),
+    ),
+    "stale lock": (
+        *(op(built=False, stale_lock_seconds=180.0), "ops", "node2", "warn"),
+        *("killed 3 min ago left a lock behind", "rm /ops/fused_adam/lock"),
+    ),
+    "no CUDA toolkit": (
+        *(op(built=False, nvcc=None), "ops", "node2", "fail", "there is no CUDA toolkit", "install the CUDA toolkit 12.8"),
+    ),
+    "another CUDA": (
+        *(
+            op(built=False, nvcc="11.8"),
+            "ops",
+            "node2",
+            "fail",
+            "the CUDA toolkit is 11.8, and torch was built with 12.8",
+            "12.8",
+        ),
+    ),
+    "a little other CUDA": (
+        op(built=False, nvcc="12.4"),
+        "ops",
+        "node2",
+        "warn",
+        "is 12.4, and torch was built with 12.8",
+        "12.8",
+    ),
+    "op not built yet": (op(built=False), "ops", "node2", "warn", "fused_adam is not built yet", "--build"),
+    "op that failed to build": (
+        op(failed="g++ said no. Install more."),
+        "ops",
+        "node2",
+        "fail",
+        "g\\+\\+ said no$",
+        "Install more.",
+    ),
+    "collective hangs": (
+        *(whole(collectives={"answer": None, "failed": [[2, "no answer within 180 s"]]}), "collectives", "node2", "fail"),
+        *("rank 2: no answer within 180 s", "NCCL_DEBUG"),
+    ),
+    "wrong sums": (
+        *(whole(collectives={"answer": {"alone": [1.0] * 6, "wrong": [3]}, "failed": []}), "collectives", "node2", "fail"),
+        *("rank 3 received wrong sums", "take node2 out"),
+    ),
+    "slow rank": (
+        *(whole(collectives={"answer": {"alone": [1.0, 1.0, 2.5, 1.0, 1.0, 1.0], "wrong": []}, "failed": []}), "collectives"),
+        *("node2", "warn", "rank 2 computes 2.5 times as long", "see what else runs on node2"),
+    ),
+}
+
+
+def test_a_healthy_cluster_has_nothing_wrong():
+    findings = judge(HEALTHY)
+    assert [each for each in findings if each.verdict != "ok"] == []
+    assert {each.check for each in findings} == {check.name for check in CHECKS}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_set_up_is_named(name: str):
+    broken, check, where, verdict, what, fix = BROKEN[name]
+    findings = [each for each in judge(broken(HEALTHY)) if each.verdict in ("warn", "fail")]
+    named = [each for each in findings if each.check == check and each.host == where]
+    assert len(named) == 1, findings
+    assert named[0].verdict == verdict
+    assert re.search(what, named[0].found), named[0]
+    assert re.search(fix, named[0].fix), named[0]
+    assert named[0].rule
+
+
+def test_every_check_has_a_set_up_that_it_names():
+    assert {check for _, check, *_ in BROKEN.values()} == {check.name for check in CHECKS}
+
+
+def test_one_machine_alone_is_not_judged_by_what_a_launcher_would_send():
+    alone = replace(HEALTHY, hosts=HEALTHY.hosts[:1], alone=True, pdsh=None, matter={"HF_HOME": ("", "other")})
+    alone = facts_on("node1", port_owner={"pid": 1, "command": "x", "free": 29501}, own_addresses=["127.0.0.1"])(alone)
+    findings = judge(alone)
+    assert [(each.check, each.verdict) for each in findings if each.verdict != "ok"] == [("port", "warn")]
+    assert not {"ssh", "pdsh", "deepspeed_env", "network", "name", "clock"} & {each.check for each in findings}
+
+
+def test_a_port_that_another_program_holds_still_shows_that_the_way_is_open():
+    taken = facts_on("node1", port_owner={"pid": 1, "command": "x", "free": 29501})
+    evidence = both(taken, on("node2", rendezvous="someone else"))(HEALTHY)
+    assert [each.check for each in judge(evidence) if each.verdict == "fail"] == ["port"]
+
+
+def test_the_odd_one_out_is_named_and_not_the_many():
+    findings = judge(facts_on("node1", python="3.10.1")(HEALTHY))
+    assert [(each.check, each.host) for each in findings if each.verdict == "fail"] == [("versions", "node1")]
+
+
+def test_what_is_not_known_about_a_checkpoint_is_said():
+    findings = judge(replace(HEALTHY, checkpoint=None, no_checkpoint="owner/name is not on this machine"))
+    (found,) = {each.found for each in findings if each.verdict == "skip"}
+    assert found == "100.00 GiB free; how large a checkpoint is, is not known: owner/name is not on this machine"
