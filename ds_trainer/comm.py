@@ -77,18 +77,21 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def scatter_sums(pieces: list[Tensor]) -> Tensor:
-    """Collective. Of each rank's list of tensors, one a rank, the sum of those at this rank's place."""
-    mine = torch.empty_like(pieces[0])
-    dist.reduce_scatter(mine, pieces)
-    return mine
+def scatter_sums(whole: Tensor) -> Tensor:
+    """Collective. The sum of the ranks' tensors (n,), of which each rank gets its own part (n / ranks,)."""
+    part = whole.new_empty(whole.numel() // world_size())
+    # Before torch 2.13 it has the second name only.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(part, whole)
+    return part
 
 
-def gather_tensors(value: Tensor) -> list[Tensor]:
-    """Collective. The ranks' tensors, which have one shape, by rank."""
-    gathered = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(gathered, value)
-    return gathered
+def gather_parts(part: Tensor) -> Tensor:
+    """Collective. The ranks' tensors (n,), one after the other (ranks * n,), on every rank."""
+    whole = part.new_empty(part.numel() * world_size())
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(whole, part)
+    return whole
 
 
 def wait_for_all() -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ ROUNDS = 5
 
 def collectives(mine: Tensor) -> dict[str, Callable[[], Any]]:
     """What is timed: name -> what to run on this rank's tensor, whose length is a multiple of the number of ranks."""
-    pieces = list(mine.chunk(comm.world_size()))
+    part = mine[: len(mine) // comm.world_size()]
     return {
         "all-reduce": lambda: comm.sum_over_ranks(mine),
-        "all-gather": lambda: comm.gather_tensors(pieces[0]),
-        "reduce-scatter": lambda: comm.scatter_sums(pieces),
+        "all-gather": lambda: comm.gather_parts(part),
+        "reduce-scatter": lambda: comm.scatter_sums(mine),
     }
 
 
@@ -44,20 +45,12 @@ def bus_bytes(name: str, num_bytes: int, ranks: int) -> float:
     return (2 if name == "all-reduce" else 1) * (ranks - 1) / ranks * num_bytes
 
 
-def median(values: list[float]) -> float:
-    """The one in the middle."""
-    return sorted(values)[len(values) // 2]
-
-
 def right(mine: Tensor) -> bool:
-    """Whether the three collectives compute what they should on this rank. Collective."""
-    ranks, total = comm.world_size(), sum(range(1, comm.world_size() + 1))
-    pieces = list(mine.chunk(ranks))
-    sums, scattered = comm.sum_over_ranks(mine), comm.scatter_sums(pieces)
-    gathered = torch.stack([piece[0] for piece in comm.gather_tensors(pieces[0])]).tolist()
-    return bool((sums == total).all() and (scattered == total).all()) and gathered == [
-        float(each) for each in range(1, ranks + 1)
-    ]
+    """Whether all three give this rank what they should, where each rank's tensor is its number from 1. Collective."""
+    summed, gathered, scattered = (run() for run in collectives(mine).values())
+    ranks = torch.arange(comm.world_size(), device=mine.device) + 1.0
+    sums = torch.cat([summed, scattered])
+    return bool((sums == ranks.sum()).all() and (gathered.view(len(ranks), -1) == ranks[:, None]).all())
 
 
 def measure(device: torch.device) -> dict[str, Any]:
@@ -81,7 +74,7 @@ def measure(device: torch.device) -> dict[str, Any]:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - began)
-            took = max(comm.gather_objects(median(seconds)))
+            took = max(comm.gather_objects(median_high(seconds)))
             rows.append([name, size, took, bus_bytes(name, size, ranks) / took])
         if comm.rank() == 0:
             say({"say": f"collectives of {size >> 10} KiB done"})
@@ -102,7 +95,7 @@ def alone(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return median(seconds)
+    return median_high(seconds)
 
 
 def main(timeout_seconds: float) -> None:

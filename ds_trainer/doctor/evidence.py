@@ -15,6 +15,10 @@ HERE = "here"
 """Stands for the machine the launcher is started on, where that need not be one of the hosts."""
 
 
+NO_FOLDER, NO_PYTHON = "no folder ", "no python at "
+"""How the reason begins of a host that is reached and cannot start a probe."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """What one check says of one host."""

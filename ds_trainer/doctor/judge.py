@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from statistics import median_high, median_low
 from typing import Any, TypeVar
 
 from ds_trainer.checkpoint.layout import in_words
-from ds_trainer.doctor.evidence import HERE, Evidence, Finding, HostEvidence, Verdict
+from ds_trainer.doctor.evidence import HERE, NO_FOLDER, NO_PYTHON, Evidence, Finding, HostEvidence, Verdict
 from ds_trainer.launch.exports import COMMON_VARIABLES, ONLY_WARNED, SECRET
+from ds_trainer.launch.starters import identify
 
 T = TypeVar("T")
 
@@ -26,8 +28,6 @@ SHM_BYTES = 1 << 30
 Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html, "Shared memory"."""
 SLOW_FACTOR = 1.5
 """A rank that computes so much longer than the one in the middle holds all others up."""
-NO_FOLDER, NO_PYTHON = "no folder ", "no python at "
-"""How a host's answer begins that is reached and cannot start a probe."""
 _MANY = 4
 """Names that are listed in full."""
 
@@ -162,18 +162,26 @@ def leftovers(evidence: Evidence) -> Iterator[Finding]:
         places.update({host.name: tuple(facts["leftovers"]) for host, facts in _with_facts(evidence)})
     for place, names in places.items():
         fix = f"unset {' '.join(names)}" + ("" if place == HERE else f" in the shell's start-up files of {place}")
-        foreign = [name for name in names if not name.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_"))]
-        if foreign:
-            rule = (
-                "by these a worker tells its launcher: left over, they make `train` look as if another program had started it"
-            )
-            yield _say("fail", place, f"{_listed(foreign)} in the shell", rule, fix)
+        found, rule = f"{_listed(names)} in the shell", "launchers set them anew, other programs obey them"
+        if mistaken := _mistaken(names):
+            yield _say("fail", place, found, mistaken, fix)
         elif names:
-            yield _say(
-                "warn", place, f"{_listed(names)} in the shell", "launchers set them anew, other programs obey them", fix
-            )
+            yield _say("warn", place, found, rule, fix)
         else:
             yield _say("ok", place, "none")
+
+
+_MARKS = {"torchrun": ("RANK", "TORCHELASTIC_RUN_ID"), "deepspeed": ("RANK", "CROSS_RANK", "CROSS_SIZE")}
+"""What the workers of a launcher are known by."""
+
+
+def _mistaken(names: Iterable[str]) -> str | None:
+    """For what `train` would take its launcher when these variables are there too; None when it is not misled."""
+    for launcher, marks in _MARKS.items():
+        starter = identify(dict.fromkeys([*names, *marks], "0"))
+        if starter.launcher != launcher:
+            return f"under {launcher}, `train` would refuse to run, as it seems to be {starter.words}"
+    return None
 
 
 # --- the same software everywhere ---
@@ -334,7 +342,7 @@ def clock(evidence: Evidence) -> Iterator[Finding]:
     offsets = {host.name: host.clock for host in evidence.hosts if host.clock is not None}
     if len(offsets) < 2:
         return
-    usual = sorted(offset for offset, _ in offsets.values())[(len(offsets) - 1) // 2]
+    usual = median_low(offset for offset, _ in offsets.values())
     for name_, (offset, error) in offsets.items():
         ahead = offset - usual
         beyond = abs(ahead) - error
@@ -440,9 +448,9 @@ def _good_interfaces(evidence: Evidence, host: HostEvidence, facts: dict[str, An
 
 
 def _is_reached(evidence: Evidence, host: HostEvidence, address: str) -> bool:
-    """Whether every other host that answers reaches this one at the address."""
-    others = [each for each in evidence.answering if each.name != host.name]
-    return not _is_loopback(address) and all(each.reaches.get(host.name, {}).get(address) == "ok" for each in others)
+    """Whether every other host reaches this one at the address, but for those that reach it at none (`network` says so)."""
+    answers = [each.reaches.get(host.name, {}) for each in evidence.answering if each.name != host.name]
+    return not _is_loopback(address) and all(each.get(address) == "ok" for each in answers if "ok" in each.values())
 
 
 def _is_loopback(address: str) -> bool:
@@ -583,7 +591,7 @@ def collectives(evidence: Evidence) -> Iterator[Finding]:
         return
     answer = evidence.collectives["answer"] or {"alone": [], "wrong": []}
     times, wrong, failed = answer["alone"], answer["wrong"], dict(evidence.collectives["failed"])
-    middle = sorted(times)[len(times) // 2] if times else 1.0
+    middle = median_high(times) if times else 1.0
     for host in evidence.hosts:
         ranks = [rank for rank, each in enumerate(evidence.hosts_by_rank) if each == host.name]
         slow = [rank for rank in ranks if times and times[rank] > SLOW_FACTOR * middle]

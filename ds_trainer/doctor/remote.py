@@ -16,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ds_trainer.doctor import judge, probe
+from ds_trainer.doctor import probe
+from ds_trainer.doctor.evidence import NO_FOLDER, NO_PYTHON
 
 CONNECT_SECONDS = 5
-NO_FOLDER, NO_PYTHON = 91, 92
-"""Exit codes of the command on the other side, where it cannot even start the probe."""
+FOLDER_CODE, PYTHON_CODE = 91, 92
+"""Exit codes of the command on the other side, where the folder or the interpreter is not there."""
 
 Say = Callable[[str, str], None]
 """(host, line): takes what a host says while it works."""
@@ -41,7 +42,7 @@ def ssh_command(host: str, environment: Mapping[str, str], ssh_options: Sequence
     variables = [f"{name}={value}" for name, value in environment.items()]
     start = shlex.join(["env", *variables, *_probe_command()])
     there, python = shlex.quote(os.getcwd()), shlex.quote(sys.executable)
-    words = f"cd {there} || exit {NO_FOLDER}; test -x {python} || exit {NO_PYTHON}; exec {start}"
+    words = f"cd {there} || exit {FOLDER_CODE}; test -x {python} || exit {PYTHON_CODE}; exec {start}"
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *ssh_options]
     return ["ssh", "-T", *options, "--", host, words]
 
@@ -149,13 +150,13 @@ class Host:
         try:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
-            self._process.kill()
             raise Unanswered(f"no answer within {seconds:.0f} s{self._last_words()}") from None
         if answer is None:
             code = self._process.wait()
             self._listener.join(2)
-            if code in (NO_FOLDER, NO_PYTHON):
-                raise Unanswered(judge.NO_FOLDER + os.getcwd() if code == NO_FOLDER else judge.NO_PYTHON + sys.executable)
+            missing = {FOLDER_CODE: NO_FOLDER + os.getcwd(), PYTHON_CODE: NO_PYTHON + sys.executable}
+            if code in missing:
+                raise Unanswered(missing[code])
             raise Unanswered(self._last_words().lstrip(": ") or f"the connection ended, exit code {code}")
         return answer
 

@@ -104,6 +104,8 @@ def parse(text: str, where: str) -> tuple[dict[str, str], list[tuple[str, str, s
         if not equals:
             kind = "blank" if not line.strip() else f"`{line.strip()[:40]}`, without `=`"
             problems.append((here, f"{kind}: DeepSpeed 0.19.8 stops with a ValueError", remove))
+        elif name.startswith("ACCELERATE_"):
+            problems.append((here, f"{name}: accelerate wrote it; `train` would take accelerate for its launcher", remove))
         elif not _NAME.fullmatch(name):
             problems.append((here, f"`{name[:40]}` is no name of a variable: every host's shell reads it as a command", remove))
         else:

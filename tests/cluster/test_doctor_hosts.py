@@ -204,9 +204,7 @@ def test_hosts_that_do_not_reach_one_another_are_told_apart(make_hosts: MakeHost
         assert meets[0]["found"].startswith("172.17.0.1:29500")
     blocked = [each["found"] for each in answer["findings"] if "at none of its addresses" in each["found"]]
     assert any(f"reaches {third.name} at none of its addresses ({third.address}: " in each for each in blocked)
-    assert ("name", here.name) not in found, "its own name leads to the address that is reached"
-    assert ("name", third.name) in found
-    assert "its own name node3 resolves to 10.77.0.3, which the other hosts do not reach" in found["name", third.name]
+    assert {check for check, _ in found} == {"network"}, "the names of the hosts are all right"
 
 
 @pytest.mark.parametrize("arguments", [["--hostfile", "missing"], ["--config", "missing.yaml"]])

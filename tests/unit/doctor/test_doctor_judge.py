@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -172,6 +172,21 @@ def lost(reason: str) -> Break:
     return on("node2", lost=reason, facts=None, clock=None, paths=None, folder=None, ops=None, reaches={}, rendezvous=None)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A set-up that is broken in one place, and how that must be named."""
+
+    broken: Break
+    check: str
+    found: str
+    """A pattern."""
+    fix: str
+    """A pattern."""
+    host: str = "node2"
+    verdict: str = "fail"
+
+
+MEASURED: dict[str, Any] = {"alone": [1.0] * 6, "wrong": [], "bandwidth": [], "device": "cuda"}
 FAR = {"node1": {"10.0.0.1": "no answer"}, "node3": {"10.0.0.3": "ok"}}
 SMALL = {"space": {"free": 25 * GIB, "size": 99 * GIB}, "checkpoints": 0, "file_system": "nfs4 on store:/out"}
 OTHER_NAMES = [
@@ -179,296 +194,440 @@ OTHER_NAMES = [
     {"name": "ib0", "address": "10.0.0.2", "loopback": False},
 ]
 
-BROKEN: dict[str, tuple[Break, str, str, str, str, str]] = {
-    # name: what breaks it, check, host, verdict, what is found, the fix (the last two are patterns)
-    "no such host": (
-        *(lost("ssh: Could not resolve hostname node2: Name or service not known"), "ssh", "node2", "fail"),
-        *("Could not resolve", "Host node2, HostName ADDRESS"),
+BROKEN: dict[str, Case] = {
+    "no such host": Case(
+        lost("ssh: Could not resolve hostname node2: Name or service not known"),
+        "ssh",
+        "Could not resolve",
+        "Host node2, HostName ADDRESS",
     ),
-    "host is down": (
-        *(lost("ssh: connect to host node2 port 22: Connection timed out"), "ssh", "node2", "fail"),
-        *("timed out", "is the host up.* nc -vz node2 22"),
+    "host is down": Case(
+        lost("ssh: connect to host node2 port 22: Connection timed out"),
+        "ssh",
+        "timed out",
+        "is the host up.* nc -vz node2 22",
     ),
-    "asks for a password": (
-        *(lost("me@node2: Permission denied (publickey,password)."), "ssh", "node2", "fail"),
-        *(r"Permission denied \(publickey,password\)", "ssh-copy-id node2"),
+    "asks for a password": Case(
+        lost("me@node2: Permission denied (publickey,password)."),
+        "ssh",
+        r"Permission denied \(publickey,password\)",
+        "ssh-copy-id node2",
     ),
-    "host key unknown": (lost("Host key verification failed."), "ssh", "node2", "fail", "Host key", "ssh-keyscan node2 >>"),
-    "host key changed": (
-        *(lost("Host key for node2 has changed. Host key verification failed."), "ssh", "node2", "fail"),
-        *("has changed", "ssh-keygen -R node2"),
+    "host key unknown": Case(
+        lost("Host key verification failed."),
+        "ssh",
+        "Host key",
+        "ssh-keyscan node2 >>",
     ),
-    "login hangs": (
+    "host key changed": Case(
+        lost("Host key for node2 has changed. Host key verification failed."),
+        "ssh",
+        "has changed",
+        "ssh-keygen -R node2",
+    ),
+    "login hangs": Case(
         lost("no answer within 20 s"),
         "ssh",
-        "node2",
-        "fail",
         "within 20 s",
         "`ssh node2 true` must end by itself",
     ),
-    "no ssh here": (lost("ssh is not installed on this machine"), "ssh", "node2", "fail", "not installed", "openssh-client"),
-    "anything else": (lost("bash: exec: Bad CPU type"), "ssh", "node2", "fail", "Bad CPU", "see what `ssh node2 true` says"),
-    "no python": (
-        *(lost("no python at /venv/bin/python"), "python", "node2", "fail"),
-        *("no python at /venv/bin/python", "rsync -a /venv/ node2:/venv/"),
+    "no ssh here": Case(
+        lost("ssh is not installed on this machine"),
+        "ssh",
+        "not installed",
+        "openssh-client",
     ),
-    "no folder": (lost("no folder /work"), "python", "node2", "fail", "no folder /work", "rsync -a /work/ node2:/work/"),
-    "one machine twice": (
-        *(facts(machine=["boot1", "net:[1]"]), "machines", "node2", "fail"),
-        *("node2 and node1 are one machine", "remove the line of node2"),
+    "anything else": Case(
+        lost("bash: exec: Bad CPU type"),
+        "ssh",
+        "Bad CPU",
+        "see what `ssh node2 true` says",
     ),
-    "no pdsh": (whole(pdsh=None), "pdsh", HERE, "fail", "not installed", "apt-get install pdsh; or start torchrun"),
-    "pdsh without ssh": (whole(pdsh="rsh,exec"), "pdsh", HERE, "fail", "by rsh,exec only", "built with ssh"),
-    "blank line in .deepspeed_env": (
-        *(whole(exports=Exports(problems=(("~/.deepspeed_env:3", "blank", "sed -i 3d"),))), "deepspeed_env", HERE, "fail"),
-        *("deepspeed_env:3: blank", "sed -i 3d"),
+    "no python": Case(
+        lost("no python at /venv/bin/python"),
+        "python",
+        "no python at /venv/bin/python",
+        "rsync -a /venv/ node2:/venv/",
     ),
-    "variable lost": (
-        *(facts(variables={}), "variables", "node2", "fail"),
-        *("HF_HOME of this shell is lost", r'echo "HF_HOME=\$HF_HOME" >> ~/.deepspeed_env'),
+    "no folder": Case(
+        lost("no folder /work"),
+        "python",
+        "no folder /work",
+        "rsync -a /work/ node2:/work/",
     ),
-    "variable differs": (
-        *(facts(variables={"HF_HOME": "2"}), "variables", "node2", "fail"),
-        *("HF_HOME of this shell has another value there", "HF_HOME"),
+    "one machine twice": Case(
+        facts(machine=["boot1", "net:[1]"]),
+        "machines",
+        "node2 and node1 are one machine",
+        "remove the line of node2",
     ),
-    "secret lost": (
-        *(whole(matter={"WANDB_API_KEY": ("where the tracker reports", "7")}), "variables", "node2", "fail"),
-        *("WANDB_API_KEY of this shell is lost", "wandb login.*prints"),
+    "no pdsh": Case(
+        whole(pdsh=None),
+        "pdsh",
+        "not installed",
+        "apt-get install pdsh; or start torchrun",
+        host=HERE,
     ),
-    "variable that may differ": (
-        *(whole(matter={"LD_LIBRARY_PATH": ("which libraries are loaded", "7")}), "variables", "node3", "warn"),
-        *("LD_LIBRARY_PATH of this shell is lost", "LD_LIBRARY_PATH"),
+    "pdsh without ssh": Case(
+        whole(pdsh="rsh,exec"),
+        "pdsh",
+        "by rsh,exec only",
+        "built with ssh",
+        host=HERE,
     ),
-    "NCCL_ALGO only on one": (
-        *(facts(variables={"HF_HOME": "1", "NCCL_ALGO": "9"}), "variables", "node2", "fail"),
-        *("NCCL_ALGO is not what it is on the other hosts", "unset NCCL_ALGO in the shell's start-up files of node2"),
+    "blank line in .deepspeed_env": Case(
+        whole(exports=Exports(problems=(("~/.deepspeed_env:3", "blank", "sed -i 3d"),))),
+        "deepspeed_env",
+        "deepspeed_env:3: blank",
+        "sed -i 3d",
+        host=HERE,
     ),
-    "RANK in this shell": (
+    "variable lost": Case(
+        facts(variables={}),
+        "variables",
+        "HF_HOME of this shell is lost",
+        r'echo "HF_HOME=\$HF_HOME" >> ~/.deepspeed_env',
+    ),
+    "variable differs": Case(
+        facts(variables={"HF_HOME": "2"}),
+        "variables",
+        "HF_HOME of this shell has another value there",
+        "HF_HOME",
+    ),
+    "secret lost": Case(
+        whole(matter={"WANDB_API_KEY": ("where the tracker reports", "7")}),
+        "variables",
+        "WANDB_API_KEY of this shell is lost",
+        "wandb login.*prints",
+    ),
+    "variable that may differ": Case(
+        whole(matter={"LD_LIBRARY_PATH": ("which libraries are loaded", "7")}),
+        "variables",
+        "LD_LIBRARY_PATH of this shell is lost",
+        "LD_LIBRARY_PATH",
+        host="node3",
+        verdict="warn",
+    ),
+    "NCCL_ALGO only on one": Case(
+        facts(variables={"HF_HOME": "1", "NCCL_ALGO": "9"}),
+        "variables",
+        "NCCL_ALGO is not what it is on the other hosts",
+        "unset NCCL_ALGO in the shell's start-up files of node2",
+    ),
+    "RANK in this shell": Case(
         whole(leftovers=("RANK", "WORLD_SIZE")),
         "leftovers",
-        HERE,
-        "warn",
         "RANK",
         "^unset RANK WORLD_SIZE$",
+        host=HERE,
+        verdict="warn",
     ),
-    "torchrun's marks on a host": (
-        *(facts(leftovers=["RANK", "TORCHELASTIC_RUN_ID"]), "leftovers", "node2", "fail"),
-        *("^TORCHELASTIC_RUN_ID in the shell", "unset RANK TORCHELASTIC_RUN_ID in the shell's start-up files of node2"),
+    "torchrun's marks on a host": Case(
+        facts(leftovers=["RANK", "TORCHELASTIC_RUN_ID"]),
+        "leftovers",
+        "^RANK, TORCHELASTIC_RUN_ID in the shell",
+        "unset RANK TORCHELASTIC_RUN_ID in the shell's start-up files of node2",
     ),
-    "another Python": (facts(python="3.12.1"), "versions", "node2", "fail", "Python 3.12.1, elsewhere 3.11.9", "same Python"),
-    "another torch": (
-        *(facts(packages__torch="2.12.0+cu128"), "versions", "node2", "fail"),
-        *(r"torch 2.12.0\+cu128, elsewhere 2.13.0", "on node2: /venv/bin/python -m pip install torch==2.13.0$"),
+    "another Python": Case(
+        facts(python="3.12.1"),
+        "versions",
+        "Python 3.12.1, elsewhere 3.11.9",
+        "same Python",
     ),
-    "transformers missing": (
-        *(facts(packages__transformers=None), "versions", "node2", "fail"),
-        *("transformers is not there, elsewhere 5.23.0", "pip install transformers==5.23.0"),
+    "another torch": Case(
+        facts(packages__torch="2.12.0+cu128"),
+        "versions",
+        r"torch 2.12.0\+cu128, elsewhere 2.13.0",
+        "on node2: /venv/bin/python -m pip install torch==2.13.0$",
     ),
-    "deepspeed missing everywhere": (
-        *(facts_on("node1", "node2", "node3", packages__deepspeed=None), "versions", "node1", "fail"),
-        *("deepspeed is not installed", "pip install deepspeed$"),
+    "transformers missing": Case(
+        facts(packages__transformers=None),
+        "versions",
+        "transformers is not there, elsewhere 5.23.0",
+        "pip install transformers==5.23.0",
     ),
-    "another NCCL": (
+    "deepspeed missing everywhere": Case(
+        facts_on("node1", "node2", "node3", packages__deepspeed=None),
+        "versions",
+        "deepspeed is not installed",
+        "pip install deepspeed$",
+        host="node1",
+    ),
+    "another NCCL": Case(
         facts(torch__nccl="2.26.2"),
         "versions",
-        "node2",
-        "fail",
         "NCCL 2.26.2, elsewhere 2.27.3",
         "install torch",
     ),
-    "another driver": (
-        *(facts(driver="550.54"), "versions", "node2", "warn"),
-        *("NVIDIA driver 550.54, elsewhere 570.86", "install driver 570.86 on node2"),
+    "another driver": Case(
+        facts(driver="550.54"),
+        "versions",
+        "NVIDIA driver 550.54, elsewhere 570.86",
+        "install driver 570.86 on node2",
+        verdict="warn",
     ),
-    "torch crashes": (
-        *(
-            facts(torch={"error": "no word, exit code -11 (killed by signal 11)"}, packages__torch="2.13.0"),
-            "torch",
-            "node2",
-            "fail",
-        ),
-        *("cannot be imported: .*signal 11", "ssh node2 /venv/bin/python -c 'import torch'"),
+    "torch crashes": Case(
+        facts(torch={"error": "no word, exit code -11 (killed by signal 11)"}, packages__torch="2.13.0"),
+        "torch",
+        "cannot be imported: .*signal 11",
+        "ssh node2 /venv/bin/python -c 'import torch'",
     ),
-    "driver too old": (
-        *(
-            facts(torch__usable=False, torch__devices=[], torch__why_not="The NVIDIA driver is too old"),
-            "torch",
-            "node2",
-            "fail",
-        ),
-        *("2 GPUs, and torch 2.13.0 uses none of them: The NVIDIA driver is too old", "driver for CUDA 12.8 .there is 570.86."),
+    "driver too old": Case(
+        facts(torch__usable=False, torch__devices=[], torch__why_not="The NVIDIA driver is too old"),
+        "torch",
+        "2 GPUs, and torch 2.13.0 uses none of them: The NVIDIA driver is too old",
+        "driver for CUDA 12.8 .there is 570.86.",
     ),
-    "torch for the CPU": (
-        *(facts(torch__usable=False, torch__devices=[], torch__cuda=None), "torch", "node2", "fail"),
-        *("uses none of them", "a torch that was built with CUDA"),
+    "torch for the CPU": Case(
+        facts(torch__usable=False, torch__devices=[], torch__cuda=None),
+        "torch",
+        "uses none of them",
+        "a torch that was built with CUDA",
     ),
-    "code differs": (
-        *(facts(code__files={"loop.py": "z", "train.py": "b"}), "code", "node2", "fail"),
-        *(
-            "1 file of /work/ds_trainer not as elsewhere: loop.py",
-            "rsync -a --delete /work/ds_trainer/ node2:/work/ds_trainer/",
-        ),
+    "code differs": Case(
+        facts(code__files={"loop.py": "z", "train.py": "b"}),
+        "code",
+        "1 file of /work/ds_trainer not as elsewhere: loop.py",
+        "rsync -a --delete /work/ds_trainer/ node2:/work/ds_trainer/",
     ),
-    "code missing": (
-        *(facts(code={"folder": None, "files": {}}), "code", "node2", "fail"),
-        *("ds_trainer cannot be imported", "a folder that node2 has too"),
+    "code missing": Case(
+        facts(code={"folder": None, "files": {}}),
+        "code",
+        "ds_trainer cannot be imported",
+        "a folder that node2 has too",
     ),
-    "more slots than GPUs": (slots(8), "devices", "node2", "fail", "slots=8, and 2 GPUs", "`node2 slots=2`"),
-    "no GPU on one host": (
-        *(facts(torch__devices=[], gpus=0), "devices", "node2", "fail", "slots=2, and 0 GPUs"),
+    "more slots than GPUs": Case(
+        slots(8),
+        "devices",
+        "slots=8, and 2 GPUs",
+        "`node2 slots=2`",
+    ),
+    "no GPU on one host": Case(
+        facts(torch__devices=[], gpus=0),
+        "devices",
+        "slots=2, and 0 GPUs",
         "remove node2 from the hostfile",
     ),
-    "fewer slots than GPUs": (slots(1), "devices", "node2", "warn", "slots=1, and 2 GPUs", "`node2 slots=2`"),
-    "another GPU": (
-        *(facts(torch__devices=[H100, ["NVIDIA A100", 40 * GIB]]), "devices", "node2", "warn"),
-        *("a NVIDIA A100 with 40.00 GiB, most others are NVIDIA H100 with 80.00 GiB", "smaller GPU"),
+    "fewer slots than GPUs": Case(
+        slots(1),
+        "devices",
+        "slots=1, and 2 GPUs",
+        "`node2 slots=2`",
+        verdict="warn",
     ),
-    "few open files": (
-        *(facts(limits__nofile=[1000, 4096]), "limits", "node2", "fail"),
-        *("1000 open files at most", r"\* - nofile 65536"),
+    "another GPU": Case(
+        facts(torch__devices=[H100, ["NVIDIA A100", 40 * GIB]]),
+        "devices",
+        "a NVIDIA A100 with 40.00 GiB, most others are NVIDIA H100 with 80.00 GiB",
+        "smaller GPU",
+        verdict="warn",
     ),
-    "little locked memory and InfiniBand": (
-        *(facts(limits__memlock=[65536, 65536], infiniband=True), "limits", "node2", "fail"),
-        *("0.06 MiB of memory may be locked", r"\* - memlock unlimited"),
+    "few open files": Case(
+        facts(limits__nofile=[1000, 4096]),
+        "limits",
+        "1000 open files at most",
+        r"\* - nofile 65536",
     ),
-    "little locked memory": (
-        *(facts(limits__memlock=[8 << 20, 8 << 20]), "limits", "node2", "warn"),
-        *("8.00 MiB of memory may be locked", "unlimited"),
+    "little locked memory and InfiniBand": Case(
+        facts(limits__memlock=[65536, 65536], infiniband=True),
+        "limits",
+        "0.06 MiB of memory may be locked",
+        r"\* - memlock unlimited",
     ),
-    "docker's /dev/shm": (
-        *(facts(shm={"free": 64 << 20, "size": 64 << 20}), "shm", "node2", "fail"),
-        *("64.00 MiB free of 64.00 MiB", "--shm-size"),
+    "little locked memory": Case(
+        facts(limits__memlock=[8 << 20, 8 << 20]),
+        "limits",
+        "8.00 MiB of memory may be locked",
+        "unlimited",
+        verdict="warn",
     ),
-    "no /dev/shm": (facts(shm=None), "shm", "node2", "fail", "no /dev/shm", "remount"),
-    "clock a little off": (
-        *(on("node2", clock=(-7.0, 0.1)), "clock", "node2", "warn"),
-        *("7.0 s behind the other hosts", "on node2: systemctl enable --now chrony"),
+    "docker's /dev/shm": Case(
+        facts(shm={"free": 64 << 20, "size": 64 << 20}),
+        "shm",
+        "64.00 MiB free of 64.00 MiB",
+        "--shm-size",
     ),
-    "clock a day off": (on("node2", clock=(86400.0, 0.1)), "clock", "node2", "fail", "86400.0 s ahead of", "chrony"),
-    "rendezvous blocked": (
-        *(on("node2", rendezvous="no answer"), "network", "node2", "fail"),
-        *("10.0.0.1:29500, where the ranks meet, is not reached: no answer", "open TCP ports 1024-65535"),
+    "no /dev/shm": Case(
+        facts(shm=None),
+        "shm",
+        "no /dev/shm",
+        "remount",
     ),
-    "first address leads elsewhere": (
-        *(
-            both(facts_on("node1", first_address="172.17.0.1"), on("node3", rendezvous="someone else")),
-            "network",
-            "node3",
-            "fail",
-        ),
-        *("172.17.0.1:29500.*: someone else", "deepspeed --master_addr 10.0.0.1"),
+    "clock a little off": Case(
+        on("node2", clock=(-7.0, 0.1)),
+        "clock",
+        "7.0 s behind the other hosts",
+        "on node2: systemctl enable --now chrony",
+        verdict="warn",
     ),
-    "no address": (
-        *(facts_on("node1", first_address=None), "network", "node1", "fail"),
-        *("`hostname -I` gives no address", "deepspeed --master_addr 10.0.0.1"),
+    "clock a day off": Case(
+        on("node2", clock=(86400.0, 0.1)),
+        "clock",
+        "86400.0 s ahead of",
+        "chrony",
     ),
-    "two hosts that do not meet": (
-        *(on("node2", reaches=FAR), "network", "node2", "fail"),
-        *("reaches node1 at none of its addresses .10.0.0.1: no answer.", "open TCP ports"),
+    "rendezvous blocked": Case(
+        on("node2", rendezvous="no answer"),
+        "network",
+        "10.0.0.1:29500, where the ranks meet, is not reached: no answer",
+        "open TCP ports 1024-65535",
     ),
-    "own name is 127.0.1.1": (
-        *(facts(own_addresses=["127.0.1.1"]), "name", "node2", "fail"),
-        *(
-            "its own name node2 resolves to 127.0.1.1$",
-            r"GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 >> ~/.deepspeed_env; with torchrun: export GLOO",
-        ),
+    "first address leads elsewhere": Case(
+        both(facts_on("node1", first_address="172.17.0.1"), on("node3", rendezvous="someone else")),
+        "network",
+        "172.17.0.1:29500.*: someone else",
+        "deepspeed --master_addr 10.0.0.1",
+        host="node3",
     ),
-    "own name is ::1": (facts(own_addresses=["::1"]), "name", "node2", "fail", "resolves to ::1$", "=eth0"),
-    "own name unknown": (facts(own_addresses=[]), "name", "node2", "fail", "does not resolve", "=eth0"),
-    "interfaces have other names": (
-        *(facts(own_addresses=["172.17.0.1"], interfaces=OTHER_NAMES), "name", "node2", "fail"),
-        *(
-            "resolves to 172.17.0.1, which the other hosts do not reach",
-            "interface ib0 is reached, at 10.0.0.2: write `10.0.0.2 node2` into /etc/hosts of node2",
-        ),
+    "no address": Case(
+        facts_on("node1", first_address=None),
+        "network",
+        "`hostname -I` gives no address",
+        "deepspeed --master_addr 10.0.0.1",
+        host="node1",
     ),
-    "no such interface": (
-        *(
-            facts(gloo_interface="eth7"),
-            "name",
-            "node2",
-            "fail",
-            "GLOO_SOCKET_IFNAME=eth7, and there is no such interface",
-            "=eth0",
-        ),
+    "two hosts that do not meet": Case(
+        on("node2", reaches=FAR),
+        "network",
+        "reaches node1 at none of its addresses .10.0.0.1: no answer.",
+        "open TCP ports",
     ),
-    "port taken": (
-        *(facts_on("node1", port_owner={"pid": 77, "command": "python serve.py", "free": 29501}), "port", "node1", "fail"),
-        *("port 29500 is taken by process 77 .python serve.py.", "--master_port 29501"),
+    "own name is 127.0.1.1": Case(
+        facts(own_addresses=["127.0.1.1"]),
+        "name",
+        "its own name node2 resolves to 127.0.1.1$",
+        r"GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 >> ~/.deepspeed_env; with torchrun: export GLOO",
     ),
-    "model missing on one host": (
-        *(paths("/data/model", found=False), "paths", "node2", "fail"),
-        *("model.path: /data/model is not there", "share or copy it"),
+    "own name is ::1": Case(
+        facts(own_addresses=["::1"]),
+        "name",
+        "resolves to ::1$",
+        "=eth0",
     ),
-    "data cannot be read": (
-        *(paths("/data/x.jsonl", found=True, error="x: Permission denied"), "paths", "node2", "fail"),
-        *("data.sources: cannot be read: x: Permission denied", r"chmod -R a\+rX /data/x.jsonl"),
+    "own name unknown": Case(
+        facts(own_addresses=[]),
+        "name",
+        "does not resolve",
+        "=eth0",
     ),
-    "data differs": (
-        *(paths("/data/x.jsonl", found=True, files=1, bytes=1, digest="y"), "paths", "node2", "fail"),
-        *("/data/x.jsonl holds something else than on the other hosts", "copy it to node2 anew"),
+    "interfaces have other names": Case(
+        facts(own_addresses=["172.17.0.1"], interfaces=OTHER_NAMES),
+        "name",
+        "resolves to 172.17.0.1, which the other hosts do not reach",
+        "interface ib0 is reached, at 10.0.0.2: write `10.0.0.2 node2` into /etc/hosts of node2",
     ),
-    "run folder read-only": (
-        *(on("node2", folder={"error": "/out/run: Read-only file system"}, sees_first=None), "run_folder", "node2", "fail"),
-        *("/out/run: Read-only file system", "may write on every host"),
+    "no such interface": Case(
+        facts(gloo_interface="eth7"),
+        "name",
+        "GLOO_SOCKET_IFNAME=eth7, and there is no such interface",
+        "=eth0",
     ),
-    "run folder not shared": (
-        *(on("node2", sees_first=False), "run_folder", "node2", "fail"),
-        *("what node1 wrote there is not seen", "that all hosts mount"),
+    "port taken": Case(
+        facts_on("node1", port_owner={"pid": 77, "command": "python serve.py", "free": 29501}),
+        "port",
+        "port 29500 is taken by process 77 .python serve.py.",
+        "--master_port 29501",
+        host="node1",
     ),
-    "disk too small": (
-        *(on("node2", folder=SMALL), "disk", "node2", "fail"),
-        *("25.00 GiB free in /out/run, and 30.00 GiB wanted", "free 5.00 GiB, or set checkpoint.keep_last=1"),
+    "model missing on one host": Case(
+        paths("/data/model", found=False),
+        "paths",
+        "model.path: /data/model is not there",
+        "share or copy it",
     ),
-    "no compiler": (
-        *(op(built=False, lacks="DeepSpeed's op cpu_adam needs a C++ compiler, and `c++` was not found. Install g++."), "ops"),
-        *("node2", "fail", "needs a C\\+\\+ compiler", "^Install g\\+\\+"),
+    "data cannot be read": Case(
+        paths("/data/x.jsonl", found=True, error="x: Permission denied"),
+        "paths",
+        "data.sources: cannot be read: x: Permission denied",
+        r"chmod -R a\+rX /data/x.jsonl",
     ),
-    "stale lock": (
-        *(op(built=False, stale_lock_seconds=180.0), "ops", "node2", "warn"),
-        *("killed 3 min ago left a lock behind", "rm /ops/fused_adam/lock"),
+    "data differs": Case(
+        paths("/data/x.jsonl", found=True, files=1, bytes=1, digest="y"),
+        "paths",
+        "/data/x.jsonl holds something else than on the other hosts",
+        "copy it to node2 anew",
     ),
-    "no CUDA toolkit": (
-        *(op(built=False, nvcc=None), "ops", "node2", "fail", "there is no CUDA toolkit", "install the CUDA toolkit 12.8"),
+    "run folder read-only": Case(
+        on("node2", folder={"error": "/out/run: Read-only file system"}, sees_first=None),
+        "run_folder",
+        "/out/run: Read-only file system",
+        "may write on every host",
     ),
-    "another CUDA": (
-        *(
-            op(built=False, nvcc="11.8"),
-            "ops",
-            "node2",
-            "fail",
-            "the CUDA toolkit is 11.8, and torch was built with 12.8",
-            "12.8",
-        ),
+    "run folder not shared": Case(
+        on("node2", sees_first=False),
+        "run_folder",
+        "what node1 wrote there is not seen",
+        "that all hosts mount",
     ),
-    "a little other CUDA": (
-        op(built=False, nvcc="12.4"),
+    "disk too small": Case(
+        on("node2", folder=SMALL),
+        "disk",
+        "25.00 GiB free in /out/run, and 30.00 GiB wanted",
+        "free 5.00 GiB, or set checkpoint.keep_last=1",
+    ),
+    "no compiler": Case(
+        op(built=False, lacks="DeepSpeed's op cpu_adam needs a C++ compiler, and `c++` was not found. Install g++."),
         "ops",
-        "node2",
-        "warn",
-        "is 12.4, and torch was built with 12.8",
+        "needs a C\\+\\+ compiler",
+        "^Install g\\+\\+",
+    ),
+    "stale lock": Case(
+        op(built=False, stale_lock_seconds=180.0),
+        "ops",
+        "killed 3 min ago left a lock behind",
+        "rm /ops/fused_adam/lock",
+        verdict="warn",
+    ),
+    "no CUDA toolkit": Case(
+        op(built=False, nvcc=None),
+        "ops",
+        "there is no CUDA toolkit",
+        "install the CUDA toolkit 12.8",
+    ),
+    "another CUDA": Case(
+        op(built=False, nvcc="11.8"),
+        "ops",
+        "the CUDA toolkit is 11.8, and torch was built with 12.8",
         "12.8",
     ),
-    "op not built yet": (op(built=False), "ops", "node2", "warn", "fused_adam is not built yet", "--build"),
-    "op that failed to build": (
+    "a little other CUDA": Case(
+        op(built=False, nvcc="12.4"),
+        "ops",
+        "is 12.4, and torch was built with 12.8",
+        "12.8",
+        verdict="warn",
+    ),
+    "op not built yet": Case(
+        op(built=False),
+        "ops",
+        "fused_adam is not built yet",
+        "--build",
+        verdict="warn",
+    ),
+    "op that failed to build": Case(
         op(failed="g++ said no. Install more."),
         "ops",
-        "node2",
-        "fail",
         "g\\+\\+ said no$",
         "Install more.",
     ),
-    "collective hangs": (
-        *(whole(collectives={"answer": None, "failed": [[2, "no answer within 180 s"]]}), "collectives", "node2", "fail"),
-        *("rank 2: no answer within 180 s", "NCCL_DEBUG"),
+    "collective hangs": Case(
+        whole(collectives={"answer": None, "failed": [[2, "no answer within 180 s"]]}),
+        "collectives",
+        "rank 2: no answer within 180 s",
+        "NCCL_DEBUG",
     ),
-    "wrong sums": (
-        *(whole(collectives={"answer": {"alone": [1.0] * 6, "wrong": [3]}, "failed": []}), "collectives", "node2", "fail"),
-        *("rank 3 received wrong sums", "take node2 out"),
+    "wrong sums": Case(
+        whole(collectives={"answer": {**MEASURED, "wrong": [3]}, "failed": []}),
+        "collectives",
+        "rank 3 received wrong sums",
+        "take node2 out",
     ),
-    "slow rank": (
-        *(whole(collectives={"answer": {"alone": [1.0, 1.0, 2.5, 1.0, 1.0, 1.0], "wrong": []}, "failed": []}), "collectives"),
-        *("node2", "warn", "rank 2 computes 2.5 times as long", "see what else runs on node2"),
+    "slow rank": Case(
+        whole(collectives={"answer": {**MEASURED, "alone": [1.0, 1.0, 2.5, 1.0, 1.0, 1.0]}, "failed": []}),
+        "collectives",
+        "rank 2 computes 2.5 times as long",
+        "see what else runs on node2",
+        verdict="warn",
     ),
 }
 
@@ -481,18 +640,19 @@ def test_a_healthy_cluster_has_nothing_wrong():
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_set_up_is_named(name: str):
-    broken, check, where, verdict, what, fix = BROKEN[name]
-    findings = [each for each in judge(broken(HEALTHY)) if each.verdict in ("warn", "fail")]
-    named = [each for each in findings if each.check == check and each.host == where]
+    case = BROKEN[name]
+    findings = [each for each in judge(case.broken(HEALTHY)) if each.verdict in ("warn", "fail")]
+    named = [each for each in findings if each.check == case.check and each.host == case.host]
     assert len(named) == 1, findings
-    assert named[0].verdict == verdict
-    assert re.search(what, named[0].found), named[0]
-    assert re.search(fix, named[0].fix), named[0]
+    assert named[0].verdict == case.verdict
+    assert re.search(case.found, named[0].found), named[0]
+    assert re.search(case.fix, named[0].fix), named[0]
     assert named[0].rule
+    assert {each.check for each in findings} == {case.check}, "and nothing else is called broken"
 
 
 def test_every_check_has_a_set_up_that_it_names():
-    assert {check for _, check, *_ in BROKEN.values()} == {check.name for check in CHECKS}
+    assert {case.check for case in BROKEN.values()} == {check.name for check in CHECKS}
 
 
 def test_one_machine_alone_is_not_judged_by_what_a_launcher_would_send():
