@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -72,6 +73,13 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class LauncherChoice(StrEnum):
+    """Who may start a run."""
+
+    torchrun = "torchrun"
+    deepspeed = "deepspeed"
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(f"ds_trainer {__version__}")
@@ -112,17 +120,16 @@ def train(
     check_local_rank_argument(launch, context.obj)
     resolved = _resolve(config, deepspeed, overrides, sets, resume)
 
-    from ds_trainer.endings import account_for, continue_command, run_in_folder
+    from ds_trainer.endings import run_in_folder
 
-    def story(folder: RunFolder, console: Console, requests: StopRequests) -> tuple[str, int]:
+    def story(
+        folder: RunFolder, console: Console, requests: StopRequests, on_hang: Callable[[BaseException], NoReturn]
+    ) -> tuple[str, int]:
         from ds_trainer.monitor.progress import Progress
         from ds_trainer.train import train
 
-        def hung(error: BaseException) -> NoReturn:
-            account_for(error, folder, launch, console, continue_command(resolved, launch, commands))
-
         progress = Progress(console if launch.rank == 0 else None)
-        state, stopped = train(resolved, launch, folder, progress, requests, on_hang=hung)
+        state, stopped = train(resolved, launch, folder, progress, requests, on_hang)
         return (
             f"done: {state.step} steps, {state.rows_consumed} rows. Everything is in {folder.path}; as a Hugging Face model:\n"
             f"  ds_trainer export --run {folder.path} --to {folder.path / 'export'}"
@@ -170,6 +177,40 @@ def debug(
         if pdb:
             _post_mortem()
         raise typer.Exit(EXIT_FAILED) from None
+
+
+@app.command("launch-command")
+def launch_command(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Sets = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option("--hostfile", help="The hosts, one `NAME slots=N` a line; see hostfiles/.", show_default=False),
+    ] = None,
+    launcher: Annotated[
+        LauncherChoice | None,
+        typer.Option("--launcher", help="By default deepspeed with a hostfile, else torchrun.", show_default=False),
+    ] = None,
+) -> None:
+    """Print the exact command that starts a run on what is here: a hostfile, a SLURM job, or this machine's devices.
+
+    The command alone goes to standard output, so that a script can take it; what it was chosen from, and the batch that so many
+    ranks make, go to standard error. A run file, a hostfile or a batch that would be refused is refused here.
+    """
+    resolved = _resolve(config, deepspeed, overrides, sets, None)
+
+    from ds_trainer.arguments.engine_config import solve_run_batch
+    from ds_trainer.launch.choose import choose_command
+
+    words = ["train", "--config", str(config), *(["--deepspeed", str(deepspeed)] if deepspeed else [])]
+    words += [*(overrides or []), *(word for each in sets or [] for word in ("--set", each))]
+    choice = choose_command(_commands(words), os.environ, hostfile=hostfile, launcher=launcher.value if launcher else None)
+    batch = solve_run_batch(resolved, choice.world_size)
+    typer.echo(f"# seen: {choice.seen}\n# batch: {batch}\n# to be typed {choice.where}:", err=True)
+    for line in choice.commands:
+        typer.echo(line)
 
 
 @app.command()
@@ -404,10 +445,10 @@ def _speaks_up(error: DsTrainerError) -> bool:
     return speaks or not isinstance(error, LauncherError)
 
 
-def _commands() -> Commands:
+def _commands(arguments: list[str] | None = None) -> Commands:
     from ds_trainer.launch.commands import Commands, visible_devices
 
-    return Commands(arguments=tuple(sys.argv[1:]), device_count=visible_devices(os.environ))
+    return Commands(arguments=tuple(sys.argv[1:] if arguments is None else arguments), device_count=visible_devices(os.environ))
 
 
 def _resolve(

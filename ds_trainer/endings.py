@@ -54,7 +54,7 @@ def run_in_folder(
     resolved: Resolved,
     launch: Launch,
     commands: Commands,
-    story: Callable[[RunFolder, Console, StopRequests], tuple[str, int]],
+    story: Callable[[RunFolder, Console, StopRequests, Callable[[BaseException], NoReturn]], tuple[str, int]],
     *,
     begun: float,
 ) -> NoReturn:
@@ -64,7 +64,8 @@ def run_in_folder(
         resolved: the settings in force.
         launch: this process's place in the job.
         commands: what the user typed, for the command that goes on.
-        story: given the run folder, the terminal and the requests to stop; returns its last word, and why it stopped, or 0.
+        story: given the run folder, the terminal, the requests to stop, and what accounts for an error in any thread and ends
+            the process; returns its last word, and why it stopped, or 0.
         begun: when this process began, by the monotonic clock, in seconds; `train.max_seconds` counts from there.
     """
     parents = Parents.now()
@@ -76,7 +77,10 @@ def run_in_folder(
         folder.lock()
         folder.clear_errors()
     logs.to_log_file(folder.log)
-    command = continue_command(resolved, launch, commands)
+    command = continue_command(resolved, launch, commands, parents.command())
+
+    def end_with(error: BaseException) -> NoReturn:
+        _account_for(error, folder, launch, console, command)
 
     code: int | None = None
     """What this process leaves with; None while it works."""
@@ -85,12 +89,12 @@ def run_in_folder(
         if code is not None:  # all is said; what still hangs is a tracker that sends the last of what it holds
             os._exit(code)
         if reason == RANK_GONE:
-            account_for(TrainingError(_LEFT_ALONE), folder, launch, console, command)
+            end_with(TrainingError(_LEFT_ALONE))
         stopped = Stopped(reason, nothing_lost=not requests.training)
         if launch.rank and not _ranks_have_met():
             # The folder may be another start's, and rank zero refused for that: nothing is written into it.
             os._exit(stopped.exit_code)
-        account_for(stopped, folder, launch, console, command)
+        end_with(stopped)
 
     limit = resolved.settings.train.max_seconds
     requests = StopRequests(
@@ -102,9 +106,9 @@ def run_in_folder(
     )
     requests.watch()
     try:
-        last_word, stopped = story(folder, console, requests)
+        last_word, stopped = story(folder, console, requests, end_with)
     except BaseException as error:
-        account_for(error, folder, launch, console, command)
+        end_with(error)
     _ending.acquire()
     ending = EXIT_PREEMPTED if stopped else EXIT_DONE
     if launch.rank == 0:
@@ -157,18 +161,29 @@ class Stopped(BaseException):
         self.exit_code = EXIT_PREEMPTED if again else EXIT_BY_SIGNAL + number
 
 
-def continue_command(resolved: Resolved, launch: Launch, commands: Commands) -> str:
-    """What goes on where this start ends: the same command, without a `--resume` that would go back."""
+def continue_command(resolved: Resolved, launch: Launch, commands: Commands, launcher: list[str]) -> str:
+    """What goes on where this start ends: the same command, without a `--resume` that would go back.
+
+    Args:
+        resolved: the settings in force.
+        launch: this process's place in the job.
+        commands: what the user typed after the module.
+        launcher: the command line of the launcher, in words; empty where it runs on another host.
+    """
     arguments = list(commands.arguments)
     for index in reversed([index for index, each in enumerate(arguments) if re.match(r"--resume(=|$)", each)]):
         del arguments[index : index + (1 if "=" in arguments[index] else 2)]
     if resolved.settings.checkpoint.resume != "auto":
         arguments += ["--resume", "auto"]
     commands = dataclasses.replace(commands, arguments=tuple(arguments), device_count=launch.local_world_size)
-    return commands.deepspeed() if launch.launcher == "deepspeed" else commands.torchrun()
+    if typed := commands.again(launcher):
+        return typed
+    if launch.launcher == "deepspeed":
+        return commands.deepspeed_hosts() if launch.node_count > 1 else commands.deepspeed()
+    return commands.torchrun()
 
 
-def account_for(error: BaseException, folder: RunFolder, launch: Launch, console: Console, command: str) -> NoReturn:
+def _account_for(error: BaseException, folder: RunFolder, launch: Launch, console: Console, command: str) -> NoReturn:
     """Name the first failing rank and the cause in one block, and leave at once: the other ranks may wait for ever."""
     _ending.acquire()  # until the end: a signal that comes now must not cut the last words short
     code = getattr(error, "exit_code", EXIT_OUT_OF_MEMORY if isinstance(error, MemoryError) else EXIT_FAILED)

@@ -62,7 +62,7 @@ class Host:
             folder: where keys and configs of all hosts lie.
         """
         self.name, self.address, self.folder = name, address, folder
-        # The kernel ends unshare with this thread, and unshare its child, the first process of the host; all others end with it.
+        # With this thread the kernel ends unshare, which ends its child, the first process of the host, and so all others.
         spaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
         waits = ["bash", "-c", "while :; do sleep 3600; done"]  # bash takes note of children that others left behind
         self._outer = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, *waits])
