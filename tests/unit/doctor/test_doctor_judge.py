@@ -202,10 +202,7 @@ BROKEN: dict[str, Case] = {
         "Host node2, HostName ADDRESS",
     ),
     "host is down": Case(
-        lost("ssh: connect to host node2 port 22: Connection timed out"),
-        "ssh",
-        "timed out",
-        "is the host up.* nc -vz node2 22",
+        lost("ssh: connect to host node2 port 22: Connection timed out"), "ssh", "timed out", "is the host up.* nc -vz node2 22"
     ),
     "asks for a password": Case(
         lost("me@node2: Permission denied (publickey,password)."),
@@ -213,68 +210,22 @@ BROKEN: dict[str, Case] = {
         r"Permission denied \(publickey,password\)",
         "ssh-copy-id node2",
     ),
-    "host key unknown": Case(
-        lost("Host key verification failed."),
-        "ssh",
-        "Host key",
-        "ssh-keyscan node2 >>",
-    ),
+    "host key unknown": Case(lost("Host key verification failed."), "ssh", "Host key", "ssh-keyscan node2 >>"),
     "host key changed": Case(
-        lost("Host key for node2 has changed. Host key verification failed."),
-        "ssh",
-        "has changed",
-        "ssh-keygen -R node2",
+        lost("Host key for node2 has changed. Host key verification failed."), "ssh", "has changed", "ssh-keygen -R node2"
     ),
-    "login hangs": Case(
-        lost("no answer within 20 s"),
-        "ssh",
-        "within 20 s",
-        "`ssh node2 true` must end by itself",
-    ),
-    "no ssh here": Case(
-        lost("ssh is not installed on this machine"),
-        "ssh",
-        "not installed",
-        "openssh-client",
-    ),
-    "anything else": Case(
-        lost("bash: exec: Bad CPU type"),
-        "ssh",
-        "Bad CPU",
-        "see what `ssh node2 true` says",
-    ),
+    "login hangs": Case(lost("no answer within 20 s"), "ssh", "within 20 s", "`ssh node2 true` must end by itself"),
+    "no ssh here": Case(lost("ssh is not installed on this machine"), "ssh", "not installed", "openssh-client"),
+    "anything else": Case(lost("bash: exec: Bad CPU type"), "ssh", "Bad CPU", "see what `ssh node2 true` says"),
     "no python": Case(
-        lost("no python at /venv/bin/python"),
-        "python",
-        "no python at /venv/bin/python",
-        "rsync -a /venv/ node2:/venv/",
+        lost("no python at /venv/bin/python"), "python", "no python at /venv/bin/python", "rsync -a /venv/ node2:/venv/"
     ),
-    "no folder": Case(
-        lost("no folder /work"),
-        "python",
-        "no folder /work",
-        "rsync -a /work/ node2:/work/",
-    ),
+    "no folder": Case(lost("no folder /work"), "python", "no folder /work", "rsync -a /work/ node2:/work/"),
     "one machine twice": Case(
-        facts(machine=["boot1", "net:[1]"]),
-        "machines",
-        "node2 and node1 are one machine",
-        "remove the line of node2",
+        facts(machine=["boot1", "net:[1]"]), "machines", "node2 and node1 are one machine", "remove the line of node2"
     ),
-    "no pdsh": Case(
-        whole(pdsh=None),
-        "pdsh",
-        "not installed",
-        "apt-get install pdsh; or start torchrun",
-        host=HERE,
-    ),
-    "pdsh without ssh": Case(
-        whole(pdsh="rsh,exec"),
-        "pdsh",
-        "by rsh,exec only",
-        "built with ssh",
-        host=HERE,
-    ),
+    "no pdsh": Case(whole(pdsh=None), "pdsh", "not installed", "apt-get install pdsh; or start torchrun", host=HERE),
+    "pdsh without ssh": Case(whole(pdsh="rsh,exec"), "pdsh", "by rsh,exec only", "built with ssh", host=HERE),
     "blank line in .deepspeed_env": Case(
         whole(exports=Exports(problems=(("~/.deepspeed_env:3", "blank", "sed -i 3d"),))),
         "deepspeed_env",
@@ -283,16 +234,10 @@ BROKEN: dict[str, Case] = {
         host=HERE,
     ),
     "variable lost": Case(
-        facts(variables={}),
-        "variables",
-        "HF_HOME of this shell is lost",
-        r'echo "HF_HOME=\$HF_HOME" >> ~/.deepspeed_env',
+        facts(variables={}), "variables", "HF_HOME of this shell is lost", r'echo "HF_HOME=\$HF_HOME" >> ~/.deepspeed_env'
     ),
     "variable differs": Case(
-        facts(variables={"HF_HOME": "2"}),
-        "variables",
-        "HF_HOME of this shell has another value there",
-        "HF_HOME",
+        facts(variables={"HF_HOME": "2"}), "variables", "HF_HOME of this shell has another value there", "HF_HOME"
     ),
     "secret lost": Case(
         whole(matter={"WANDB_API_KEY": ("where the tracker reports", "7")}),
@@ -315,12 +260,7 @@ BROKEN: dict[str, Case] = {
         "unset NCCL_ALGO in the shell's start-up files of node2",
     ),
     "RANK in this shell": Case(
-        whole(leftovers=("RANK", "WORLD_SIZE")),
-        "leftovers",
-        "RANK",
-        "^unset RANK WORLD_SIZE$",
-        host=HERE,
-        verdict="warn",
+        whole(leftovers=("RANK", "WORLD_SIZE")), "leftovers", "RANK", "^unset RANK WORLD_SIZE$", host=HERE, verdict="warn"
     ),
     "torchrun's marks on a host": Case(
         facts(leftovers=["RANK", "TORCHELASTIC_RUN_ID"]),
@@ -328,12 +268,7 @@ BROKEN: dict[str, Case] = {
         "^RANK, TORCHELASTIC_RUN_ID in the shell",
         "unset RANK TORCHELASTIC_RUN_ID in the shell's start-up files of node2",
     ),
-    "another Python": Case(
-        facts(python="3.12.1"),
-        "versions",
-        "Python 3.12.1, elsewhere 3.11.9",
-        "same Python",
-    ),
+    "another Python": Case(facts(python="3.12.1"), "versions", "Python 3.12.1, elsewhere 3.11.9", "same Python"),
     "another torch": Case(
         facts(packages__torch="2.12.0+cu128"),
         "versions",
@@ -353,12 +288,7 @@ BROKEN: dict[str, Case] = {
         "pip install deepspeed$",
         host="node1",
     ),
-    "another NCCL": Case(
-        facts(torch__nccl="2.26.2"),
-        "versions",
-        "NCCL 2.26.2, elsewhere 2.27.3",
-        "install torch",
-    ),
+    "another NCCL": Case(facts(torch__nccl="2.26.2"), "versions", "NCCL 2.26.2, elsewhere 2.27.3", "install torch"),
     "another driver": Case(
         facts(driver="550.54"),
         "versions",
@@ -391,30 +321,13 @@ BROKEN: dict[str, Case] = {
         "rsync -a --delete /work/ds_trainer/ node2:/work/ds_trainer/",
     ),
     "code missing": Case(
-        facts(code={"folder": None, "files": {}}),
-        "code",
-        "ds_trainer cannot be imported",
-        "a folder that node2 has too",
+        facts(code={"folder": None, "files": {}}), "code", "ds_trainer cannot be imported", "a folder that node2 has too"
     ),
-    "more slots than GPUs": Case(
-        slots(8),
-        "devices",
-        "slots=8, and 2 GPUs",
-        "`node2 slots=2`",
-    ),
+    "more slots than GPUs": Case(slots(8), "devices", "slots=8, and 2 GPUs", "`node2 slots=2`"),
     "no GPU on one host": Case(
-        facts(torch__devices=[], gpus=0),
-        "devices",
-        "slots=2, and 0 GPUs",
-        "remove node2 from the hostfile",
+        facts(torch__devices=[], gpus=0), "devices", "slots=2, and 0 GPUs", "remove node2 from the hostfile"
     ),
-    "fewer slots than GPUs": Case(
-        slots(1),
-        "devices",
-        "slots=1, and 2 GPUs",
-        "`node2 slots=2`",
-        verdict="warn",
-    ),
+    "fewer slots than GPUs": Case(slots(1), "devices", "slots=1, and 2 GPUs", "`node2 slots=2`", verdict="warn"),
     "another GPU": Case(
         facts(torch__devices=[H100, ["NVIDIA A100", 40 * GIB]]),
         "devices",
@@ -422,12 +335,7 @@ BROKEN: dict[str, Case] = {
         "smaller GPU",
         verdict="warn",
     ),
-    "few open files": Case(
-        facts(limits__nofile=[1000, 4096]),
-        "limits",
-        "1000 open files at most",
-        r"\* - nofile 65536",
-    ),
+    "few open files": Case(facts(limits__nofile=[1000, 4096]), "limits", "1000 open files at most", r"\* - nofile 65536"),
     "little locked memory and InfiniBand": Case(
         facts(limits__memlock=[65536, 65536], infiniband=True),
         "limits",
@@ -435,24 +343,12 @@ BROKEN: dict[str, Case] = {
         r"\* - memlock unlimited",
     ),
     "little locked memory": Case(
-        facts(limits__memlock=[8 << 20, 8 << 20]),
-        "limits",
-        "8.00 MiB of memory may be locked",
-        "unlimited",
-        verdict="warn",
+        facts(limits__memlock=[8 << 20, 8 << 20]), "limits", "8.00 MiB of memory may be locked", "unlimited", verdict="warn"
     ),
     "docker's /dev/shm": Case(
-        facts(shm={"free": 64 << 20, "size": 64 << 20}),
-        "shm",
-        "64.00 MiB free of 64.00 MiB",
-        "--shm-size",
+        facts(shm={"free": 64 << 20, "size": 64 << 20}), "shm", "64.00 MiB free of 64.00 MiB", "--shm-size"
     ),
-    "no /dev/shm": Case(
-        facts(shm=None),
-        "shm",
-        "no /dev/shm",
-        "remount",
-    ),
+    "no /dev/shm": Case(facts(shm=None), "shm", "no /dev/shm", "remount"),
     "clock a little off": Case(
         on("node2", clock=(-7.0, 0.1)),
         "clock",
@@ -460,12 +356,7 @@ BROKEN: dict[str, Case] = {
         "on node2: systemctl enable --now chrony",
         verdict="warn",
     ),
-    "clock a day off": Case(
-        on("node2", clock=(86400.0, 0.1)),
-        "clock",
-        "86400.0 s ahead of",
-        "chrony",
-    ),
+    "clock a day off": Case(on("node2", clock=(86400.0, 0.1)), "clock", "86400.0 s ahead of", "chrony"),
     "rendezvous blocked": Case(
         on("node2", rendezvous="no answer"),
         "network",
@@ -487,10 +378,7 @@ BROKEN: dict[str, Case] = {
         host="node1",
     ),
     "two hosts that do not meet": Case(
-        on("node2", reaches=FAR),
-        "network",
-        "reaches node1 at none of its addresses .10.0.0.1: no answer.",
-        "open TCP ports",
+        on("node2", reaches=FAR), "network", "reaches node1 at none of its addresses .10.0.0.1: no answer.", "open TCP ports"
     ),
     "own name is 127.0.1.1": Case(
         facts(own_addresses=["127.0.1.1"]),
@@ -498,18 +386,8 @@ BROKEN: dict[str, Case] = {
         "its own name node2 resolves to 127.0.1.1$",
         r"GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 >> ~/.deepspeed_env; with torchrun: export GLOO",
     ),
-    "own name is ::1": Case(
-        facts(own_addresses=["::1"]),
-        "name",
-        "resolves to ::1$",
-        "=eth0",
-    ),
-    "own name unknown": Case(
-        facts(own_addresses=[]),
-        "name",
-        "does not resolve",
-        "=eth0",
-    ),
+    "own name is ::1": Case(facts(own_addresses=["::1"]), "name", "resolves to ::1$", "=eth0"),
+    "own name unknown": Case(facts(own_addresses=[]), "name", "does not resolve", "=eth0"),
     "interfaces have other names": Case(
         facts(own_addresses=["172.17.0.1"], interfaces=OTHER_NAMES),
         "name",
@@ -517,10 +395,7 @@ BROKEN: dict[str, Case] = {
         "interface ib0 is reached, at 10.0.0.2: write `10.0.0.2 node2` into /etc/hosts of node2",
     ),
     "no such interface": Case(
-        facts(gloo_interface="eth7"),
-        "name",
-        "GLOO_SOCKET_IFNAME=eth7, and there is no such interface",
-        "=eth0",
+        facts(gloo_interface="eth7"), "name", "GLOO_SOCKET_IFNAME=eth7, and there is no such interface", "=eth0"
     ),
     "port taken": Case(
         facts_on("node1", port_owner={"pid": 77, "command": "python serve.py", "free": 29501}),
@@ -530,10 +405,7 @@ BROKEN: dict[str, Case] = {
         host="node1",
     ),
     "model missing on one host": Case(
-        paths("/data/model", found=False),
-        "paths",
-        "model.path: /data/model is not there",
-        "share or copy it",
+        paths("/data/model", found=False), "paths", "model.path: /data/model is not there", "share or copy it"
     ),
     "data cannot be read": Case(
         paths("/data/x.jsonl", found=True, error="x: Permission denied"),
@@ -554,10 +426,7 @@ BROKEN: dict[str, Case] = {
         "may write on every host",
     ),
     "run folder not shared": Case(
-        on("node2", sees_first=False),
-        "run_folder",
-        "what node1 wrote there is not seen",
-        "that all hosts mount",
+        on("node2", sees_first=False), "run_folder", "what node1 wrote there is not seen", "that all hosts mount"
     ),
     "disk too small": Case(
         on("node2", folder=SMALL),
@@ -578,38 +447,15 @@ BROKEN: dict[str, Case] = {
         "rm /ops/fused_adam/lock",
         verdict="warn",
     ),
-    "no CUDA toolkit": Case(
-        op(built=False, nvcc=None),
-        "ops",
-        "there is no CUDA toolkit",
-        "install the CUDA toolkit 12.8",
-    ),
+    "no CUDA toolkit": Case(op(built=False, nvcc=None), "ops", "there is no CUDA toolkit", "install the CUDA toolkit 12.8"),
     "another CUDA": Case(
-        op(built=False, nvcc="11.8"),
-        "ops",
-        "the CUDA toolkit is 11.8, and torch was built with 12.8",
-        "12.8",
+        op(built=False, nvcc="11.8"), "ops", "the CUDA toolkit is 11.8, and torch was built with 12.8", "12.8"
     ),
     "a little other CUDA": Case(
-        op(built=False, nvcc="12.4"),
-        "ops",
-        "is 12.4, and torch was built with 12.8",
-        "12.8",
-        verdict="warn",
+        op(built=False, nvcc="12.4"), "ops", "is 12.4, and torch was built with 12.8", "12.8", verdict="warn"
     ),
-    "op not built yet": Case(
-        op(built=False),
-        "ops",
-        "fused_adam is not built yet",
-        "--build",
-        verdict="warn",
-    ),
-    "op that failed to build": Case(
-        op(failed="g++ said no. Install more."),
-        "ops",
-        "g\\+\\+ said no$",
-        "Install more.",
-    ),
+    "op not built yet": Case(op(built=False), "ops", "fused_adam is not built yet", "--build", verdict="warn"),
+    "op that failed to build": Case(op(failed="g++ said no. Install more."), "ops", "g\\+\\+ said no$", "Install more."),
     "collective hangs": Case(
         whole(collectives={"answer": None, "failed": [[2, "no answer within 180 s"]]}),
         "collectives",
