@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -238,7 +239,11 @@ def _ops(
     hosts: list[Host], needs: Needs, facts: Mapping[str, dict[str, Any]], build: bool, report: Report
 ) -> dict[str, list[dict[str, Any]]]:
     """What each host has of the compiled ops; builds them first where that is asked."""
-    wanted = {name: needs.ops["cuda" if each["torch"].get("devices") else "cpu"] for name, each in facts.items()}
+    wanted = {
+        name: needs.ops["cuda" if each["torch"]["devices"] else "cpu"]
+        for name, each in facts.items()
+        if "error" not in each["torch"]  # which is said, and would be said again
+    }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name, names in wanted.items() if not names}
     busy = [host for host in hosts if wanted.get(host.name)]
     if not busy:
@@ -248,7 +253,7 @@ def _ops(
     seconds = BUILD_SECONDS if build else TORCH_SECONDS
 
     def ask(host: Host) -> dict[str, Any]:
-        device = "cuda" if facts[host.name]["torch"].get("devices") else "cpu"
+        device = "cuda" if facts[host.name]["torch"]["devices"] else "cpu"
         arguments = ["build" if build else "examine", device, json.dumps(wanted[host.name])]
         return {"module": "ds_trainer.doctor.ops", "arguments": arguments, "seconds": seconds}
 
@@ -268,11 +273,10 @@ def _checkpoint(resolved: Resolved | None) -> tuple[tuple[int, str] | None, str]
     place = model.config if isinstance(model.config, str) else model.path
     if not isinstance(model.config, dict) and not Path(str(place)).exists():
         return None, f"{place} is not on this machine"
-    from ds_trainer.monitor.logs import hushed
-
+    # What transformers and peft warn of concerns the run, not the count; this is a thread, so that nothing else may be hushed.
+    warnings.simplefilter("ignore")
     try:
-        with hushed():
-            return checkpoint_bytes(resolved), ""
+        return checkpoint_bytes(resolved), ""
     except ModelError as error:
         return None, str(error)
 

@@ -191,6 +191,8 @@ def test_what_is_broken_on_a_host_is_named_together(make_hosts: MakeHosts, corpu
 
 def test_hosts_that_do_not_reach_one_another_are_told_apart(make_hosts: MakeHosts, tmp_path: Path):
     here, second, third = make_hosts(3)
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    third.mount(tmp_path / "torch.py", package("torch") / "__init__.py")
     second.sh(f"ip route add blackhole {third.address}")
     # As on hosts with docker, the first address of the first host is one that leads nowhere.
     here.sh(f"ip addr flush dev eth0; ip addr add 172.17.0.1/16 dev eth0; ip addr add {here.address}/24 dev eth0")
@@ -204,7 +206,8 @@ def test_hosts_that_do_not_reach_one_another_are_told_apart(make_hosts: MakeHost
         assert meets[0]["found"].startswith("172.17.0.1:29500")
     blocked = [each["found"] for each in answer["findings"] if "at none of its addresses" in each["found"]]
     assert any(f"reaches {third.name} at none of its addresses ({third.address}: " in each for each in blocked)
-    assert {check for check, _ in found} == {"network"}, "the names of the hosts are all right"
+    assert "torch cannot be imported: no word, exit code -11 (killed by signal 11)" in found["torch", third.name]
+    assert {check for check, _ in found} == {"network", "torch"}, "the names of the hosts are all right"
 
 
 @pytest.mark.parametrize("arguments", [["--hostfile", "missing"], ["--config", "missing.yaml"]])
