@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from helpers import ROOT, write_run
 from hosts import Host, environment
 
@@ -43,16 +42,17 @@ def package(name: str) -> Path:
 
 
 def test_a_healthy_cluster_is_fit_and_its_collectives_are_timed(make_hosts: MakeHosts, corpus: Path, tmp_path: Path):
-    here, _ = make_hosts(2)
+    here, other = make_hosts(2)
     config = write_run(corpus, tmp_path)
+    # As Debian sets a host up, mended as doctor says.
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {other.name}\n{here.address} {here.name}\n")
+    other.mount(tmp_path / "hosts", Path("/etc/hosts"))
+    (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nNCCL_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")
     command = ["ds_trainer", "doctor", "--hostfile", "hostfile", "--config", str(config)]
     (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
-    quiet = environment()
-    del quiet["OMP_NUM_THREADS"]  # which would be lost on the way to the workers
-    done = here.run(*command, cwd=tmp_path, timeout=150, env=quiet)
+    done = here.run(*command, cwd=tmp_path, timeout=150)
     assert done.code == 0, done.text
-    assert done.out.splitlines()[0].startswith("FIT: 2 hosts with 2 slots")
-    assert "FAIL" not in done.out
+    assert done.out.splitlines()[0] == "FIT: 2 hosts with 2 slots, nothing to mend"
     assert "Collectives over 2 ranks (gloo)" in done.out
     assert "slowest rank: " in done.out
     rows = [line.split() for line in done.out.splitlines() if "MiB/s" in line or "GiB/s" in line]
@@ -126,6 +126,7 @@ def test_what_is_broken_on_a_host_is_named_together(make_hosts: MakeHosts, corpu
     other.mount(tmp_path / "hosts", Path("/etc/hosts"))
     other.stop_sshd()
     other.start_sshd(limits="ulimit -n 256")
+    other.sh("ip rule add dport 29500 unreachable")
     # A build that was killed, no compiler on the other host, no pdsh here, and another program at the rendezvous.
     lock = tmp_path / "ops" / "cpu_adam" / "lock"
     lock.parent.mkdir()
@@ -160,6 +161,10 @@ def test_what_is_broken_on_a_host_is_named_together(make_hosts: MakeHosts, corpu
         ("versions", other.name): (f"deepspeed 9.{version}, elsewhere {version}", f"pip install deepspeed=={version}"),
         ("code", other.name): ("1 file of", f"{other.name}:{ROOT / 'ds_trainer'}/"),
         ("limits", other.name): ("256 open files", "nofile 65536"),
+        ("network", other.name): (
+            f"{here.address}:29500, where the ranks meet, is not reached: Network is unreach",
+            "open TCP ports",
+        ),
         ("name", other.name): ("resolves to 127.0.1.1", "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"),
         ("port", here.name): ("port 29500 is taken by process", "--master_port 29501"),
         ("paths", other.name): (f"model.tokenizer: {corpus / 'tokenizer'} holds something else", other.name),
@@ -208,14 +213,3 @@ def test_hosts_that_do_not_reach_one_another_are_told_apart(make_hosts: MakeHost
     assert any(f"reaches {third.name} at none of its addresses ({third.address}: " in each for each in blocked)
     assert "torch cannot be imported: no word, exit code -11 (killed by signal 11)" in found["torch", third.name]
     assert {check for check, _ in found} == {"network", "torch"}, "the names of the hosts are all right"
-
-
-@pytest.mark.parametrize("arguments", [["--hostfile", "missing"], ["--config", "missing.yaml"]])
-def test_a_file_that_is_missing_is_no_reason_to_examine_something_else(
-    make_hosts: MakeHosts, tmp_path: Path, arguments: list[str]
-):
-    (here,) = make_hosts(1)
-    done = here.run("ds_trainer", "doctor", *arguments, cwd=tmp_path)
-    assert done.code == 2
-    assert "missing" in done.err
-    assert done.out == ""
