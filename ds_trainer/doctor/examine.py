@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +22,7 @@ from ds_trainer.doctor.judge import judge
 from ds_trainer.doctor.needs import Needs, checkpoint_bytes, needs_of
 from ds_trainer.doctor.probe import LEFTOVER, fingerprint
 from ds_trainer.doctor.remote import Host, Unanswered, ask_all, clock_offset, local_command, ssh_command
-from ds_trainer.errors import ModelError
-from ds_trainer.launch.exports import COMMON_VARIABLES, read_exports, that_matter
+from ds_trainer.launch.exports import COMMON_VARIABLES, Exports, read_exports, that_matter
 from ds_trainer.launch.hostfile import HostSlots
 
 Report = Callable[[str], None]
@@ -35,6 +34,8 @@ PATHS_SECONDS = 120
 SHARED_SECONDS = 5
 """After which a file that one host wrote is seen on all of them."""
 COLLECTIVE_SECONDS, BUILD_SECONDS = 180, 30 * 60
+BEFORE_COLLECTIVES = ("ssh", "python", "machines", "versions", "torch", "code", "devices", "network", "name", "port")
+"""Checks without which ranks cannot meet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +96,7 @@ def _start(wishes: Wishes, environ: Mapping[str, str], sent: Mapping[str, str], 
 def _ask(
     wishes: Wishes,
     environ: Mapping[str, str],
-    exports: Any,
+    exports: Exports,
     hosts: list[Host],
     checkpoint: Future[tuple[tuple[int, str] | None, str]],
     report: Report,
@@ -273,12 +274,14 @@ def _checkpoint(resolved: Resolved | None) -> tuple[tuple[int, str] | None, str]
     place = model.config if isinstance(model.config, str) else model.path
     if not isinstance(model.config, dict) and not Path(str(place)).exists():
         return None, f"{place} is not on this machine"
+    from ds_trainer.model.tokenizer import first_line
+
     # What transformers and peft warn of concerns the run, not the count; this is a thread, so that nothing else may be hushed.
     warnings.simplefilter("ignore")
     try:
         return checkpoint_bytes(resolved), ""
-    except ModelError as error:
-        return None, str(error)
+    except Exception as error:  # a model of its own code may raise anything; the rest of the examination goes on
+        return None, first_line(error)
 
 
 def _with_collectives(evidence: Evidence, wishes: Wishes, hosts: list[Host], report: Report) -> Evidence:
@@ -295,7 +298,7 @@ def _with_collectives(evidence: Evidence, wishes: Wishes, hosts: list[Host], rep
     if reason:
         return replace(evidence, no_collectives=reason)
     report(f"running collectives over {evidence.world_size} ranks")
-    first = dict(zip((host.name for host in hosts), _starts(evidence), strict=True))
+    first = {host.name: evidence.hosts_by_rank.index(host.name) for host in hosts}
     answers = ask_all(
         hosts,
         "run_ranks",
@@ -304,10 +307,10 @@ def _with_collectives(evidence: Evidence, wishes: Wishes, hosts: list[Host], rep
             "module": "ds_trainer.doctor.collectives",
             "arguments": [str(COLLECTIVE_SECONDS / 2)],
             "first_rank": first[host.name],
-            "count": next(each.slots for each in evidence.hosts if each.name == host.name),
+            "count": evidence.hosts_by_rank.count(host.name),
             "world_size": evidence.world_size,
             "address": "127.0.0.1" if evidence.alone else evidence.master,
-            "port": wishes.port,
+            "port": _free_port(evidence),
             "seconds": COLLECTIVE_SECONDS,
         },
     )
@@ -317,10 +320,8 @@ def _with_collectives(evidence: Evidence, wishes: Wishes, hosts: list[Host], rep
     return replace(evidence, collectives={"answer": answer, "failed": failed})
 
 
-BEFORE_COLLECTIVES = ("ssh", "python", "machines", "versions", "torch", "code", "devices", "network", "name", "port")
-"""Checks without which ranks cannot meet."""
-
-
-def _starts(evidence: Evidence) -> Sequence[int]:
-    """The first rank of each host."""
-    return [sum(host.slots for host in evidence.hosts[:index]) for index in range(len(evidence.hosts))]
+def _free_port(evidence: Evidence) -> int:
+    """Where the ranks meet: at the port that was asked for, or on this machine alone at the next free one, as torchrun does."""
+    facts = evidence.hosts[0].facts
+    owner = facts["port_owner"] if facts else None
+    return int(owner["free"]) if owner and owner["free"] else evidence.port

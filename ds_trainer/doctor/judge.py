@@ -7,6 +7,7 @@ first, since one cause often explains what comes after it.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ SHM_BYTES = 1 << 30
 Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html, "Shared memory"."""
 SLOW_FACTOR = 1.5
 """A rank that computes so much longer than the one in the middle holds all others up."""
+AWKWARD = r"[^\w@%+=:,./-]"
+"""What a shell may take for something else, as in `shlex.quote`."""
 _MANY = 4
 """Names that are listed in full."""
 
@@ -78,7 +81,14 @@ def python(evidence: Evidence) -> Iterator[Finding]:
             folder = path.rpartition("/bin/")[0] or path
             yield _say("fail", host, host.lost, rule, f"share or copy it: rsync -a {folder}/ {host.name}:{folder}/")
         elif host.facts:
-            yield _say("ok", host, f"{host.facts['executable']} in {host.facts['folder']}")
+            places = host.facts["folder"], host.facts["executable"]
+            awkward = next((each for each in places if evidence.through_pdsh and re.search(AWKWARD, each)), None)
+            if awkward:
+                rule = "DeepSpeed hands both to every host's shell without quotes (launcher/multinode_runner.py)"
+                fix = f"mv '{awkward}' {re.sub(AWKWARD, '_', awkward)}"
+                yield _say("fail", host, f"`{awkward}` means something else to a shell", rule, fix)
+            else:
+                yield _say("ok", host, f"{places[1]} in {places[0]}")
 
 
 def machines(evidence: Evidence) -> Iterator[Finding]:
@@ -534,13 +544,14 @@ def disk(evidence: Evidence) -> Iterator[Finding]:
             continue
         size, how = evidence.checkpoint
         count = max(1, evidence.needs.keep - host.folder["checkpoints"])
-        if free >= size * count:
+        wanted = min(size * count, int(evidence.needs.max_bytes or size * count) + size)
+        if free >= wanted:
             yield _say("ok", host, f"{in_words(free)} free, {count} checkpoints of {in_words(size)} to come")
             continue
-        found = f"{in_words(free)} free in {evidence.needs.run_folder}, and {in_words(size * count)} wanted"
+        found = f"{in_words(free)} free in {evidence.needs.run_folder}, and {in_words(wanted)} wanted"
         rule = f"{count} checkpoints of {in_words(size)} ({how}) will lie there at a time"
         fewer = ", or set checkpoint.keep_last=1" if free >= 2 * size else ", or set checkpoint.folder to a larger disk"
-        yield _say("fail", host, found, rule, f"free {in_words(size * count - free)}{fewer}")
+        yield _say("fail", host, found, rule, f"free {in_words(wanted - free)}{fewer}")
 
 
 def ops(evidence: Evidence) -> Iterator[Finding]:

@@ -23,6 +23,8 @@ class Needs:
     run_folder: str
     keep: int
     """Checkpoints that lie on the disk at the same time, at most."""
+    max_bytes: float | None = None
+    """What those may take that are complete, by `checkpoint.max_gib`."""
     ops: dict[str, tuple[str, ...]]
     """Device type -> DeepSpeed's ops that are compiled for this run."""
     nvme: bool
@@ -48,6 +50,7 @@ def needs_of(resolved: Resolved) -> Needs:
         hub_ids=hub,
         run_folder=checkpoint.folder,
         keep=keep,
+        max_bytes=checkpoint.max_gib * 2**30 if checkpoint.max_gib else None,
         ops=ops,
         nvme="async_io" in ops["cpu"],
     )

@@ -221,6 +221,9 @@ BROKEN: dict[str, Case] = {
         lost("no python at /venv/bin/python"), "python", "no python at /venv/bin/python", "rsync -a /venv/ node2:/venv/"
     ),
     "no folder": Case(lost("no folder /work"), "python", "no folder /work", "rsync -a /work/ node2:/work/"),
+    "a folder that needs quotes": Case(
+        facts(folder="/my work"), "python", "`/my work` means something else to a shell", "mv '/my work' /my_work$"
+    ),
     "one machine twice": Case(
         facts(machine=["boot1", "net:[1]"]), "machines", "node2 and node1 are one machine", "remove the line of node2"
     ),
