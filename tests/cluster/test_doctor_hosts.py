@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,9 +105,13 @@ def test_every_host_that_cannot_be_reached_says_why(make_hosts: MakeHosts, tmp_p
 
 def test_what_is_broken_on_a_host_is_named_together(make_hosts: MakeHosts, corpus: Path, tmp_path: Path):
     here, other = make_hosts(2)
+    data = tmp_path / "data" / "texts.jsonl"
+    data.parent.mkdir()
+    shutil.copy(corpus / "texts.jsonl", data)
     config = write_run(
         corpus,
         tmp_path,
+        data={"sources": [{"path": str(data), "format": "text"}]},
         deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         checkpoint={"folder": str(tmp_path / "disk" / "run")},
     )
@@ -121,6 +126,7 @@ def test_what_is_broken_on_a_host_is_named_together(make_hosts: MakeHosts, corpu
     other.mount(tmp_path / "loop.py", ROOT / "ds_trainer" / "loop.py")
     # Files, disks and limits.
     other.mount(tmp_path / "empty", corpus / "tokenizer")
+    other.mount(tmp_path / "empty", data.parent)
     other.sh(f"mount -t tmpfs -o size=300k tmpfs {tmp_path / 'disk'}; mount -t tmpfs -o size=64m tmpfs /dev/shm")
     (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {other.name}\n{here.address} {here.name}\n")
     other.mount(tmp_path / "hosts", Path("/etc/hosts"))
@@ -185,6 +191,8 @@ def test_what_is_broken_on_a_host_is_named_together(make_hosts: MakeHosts, corpu
             assert what in found[key].partition(" FIX ")[0], found[key]
             assert fix in found[key].partition(" FIX ")[2], found[key]
     assert named(answer).keys() == failures.keys(), "and nothing else is called broken"
+    missing = [each for each in answer["findings"] if each["check"] == "paths" and "data.sources" in each["found"]]
+    assert [(each["host"], each["found"]) for each in missing] == [(other.name, f"data.sources: {data} is not there")]
     lines = [each["found"] for each in answer["findings"] if each["check"] == "deepspeed_env"]
     assert ["a comment" in line or "blank" in line or "'$'" in line for line in lines] == [True] * 3
     tokens = [each["fix"] for each in answer["findings"] if "HF_TOKEN" in each["found"]]

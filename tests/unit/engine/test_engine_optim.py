@@ -62,3 +62,22 @@ def test_a_lock_of_a_living_build_is_left_alone(tmp_path, monkeypatch):
     os.utime(lock, (time.time() - 3600,) * 2)
     offload._remove_stale_lock(tmp_path, print)
     assert not lock.exists()
+
+
+def test_an_op_is_examined_without_building_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = tmp_path / "cpu_adam"
+    folder.mkdir()
+    found = offload.examine_op("cpu_adam")
+    assert found["folder"] == str(folder)
+    assert (found["built"], found["lacks"], found["stale_lock_seconds"]) == (False, None, None)
+    (folder / "lock").touch()
+    (folder / "cpu_adam.so").touch()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(offload.shutil, "which", lambda name: None)
+    found = offload.examine_op("cpu_adam")
+    assert found["built"] is True
+    assert 0 <= found["stale_lock_seconds"] < 60
+    assert "needs a C++ compiler" in found["lacks"]
+    assert found["compiler"] is None
+    assert (folder / "lock").exists()
