@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from statistics import median_high, median_low
+from statistics import median_low
 from typing import Any, TypeVar
 
 from ds_trainer.checkpoint.layout import in_words
@@ -406,32 +406,41 @@ def name(evidence: Evidence) -> Iterator[Finding]:
     if len(evidence.hosts) < 2:
         return
     rule = "gloo tells the other ranks the address that its host's name resolves to: they dial in vain, and the run hangs"
+    addresses = {host.name: _gloo_address(facts) for host, facts in _with_facts(evidence)}
+    family = _usual({name_: ipaddress.ip_address(address).version for name_, address in addresses.items() if address})
     for host, facts in _with_facts(evidence):
-        interface = (facts["gloo_interface"] or "").partition(",")[0]
-        if interface:
-            who = f"GLOO_SOCKET_IFNAME={interface}"
-            addresses = [each["address"] for each in facts["interfaces"] if each["name"] == interface]
+        address, interface = addresses[host.name], facts["gloo_interface"]
+        who = f"GLOO_SOCKET_IFNAME={interface}" if interface else "its own name"
+        fix = _interface_fix(evidence, host, facts)
+        if address is None:
+            yield _say("fail", host, f"{who}, and there is no such interface", "gloo stops there", fix)
+        elif ipaddress.ip_address(address).version != family:
+            found = f"{who} leads to {address}, those of most other hosts to IPv{family}"
+            yield _say("fail", host, found, "gloo stops where two ranks have addresses of different kinds", fix)
+        elif _is_reached(evidence, host, address):
+            yield _say("ok", host, f"{who} leads to {address}")
         else:
-            who, addresses = f"its own name {facts['host_name']}", facts["own_addresses"][:1]
-        if addresses and any(_is_reached(evidence, host, address) for address in addresses):
-            yield _say("ok", host, f"{who} leads to {addresses[0]}")
-        elif interface:
-            found = (
-                f"{who}, and the other hosts do not reach {addresses[0]}"
-                if addresses
-                else f"{who}, and there is no such interface"
-            )
-            yield _say("fail", host, found, rule, _interface_fix(evidence, host, facts))
-        elif not addresses:
-            found = f"{who} does not resolve: gloo then takes 127.0.0.1"
-            yield _say("fail", host, found, rule, _interface_fix(evidence, host, facts))
-        else:
-            beyond = (
-                ""
-                if ipaddress.ip_address(addresses[0].partition("%")[0]).is_loopback
-                else ", which the other hosts do not reach"
-            )
-            yield _say("fail", host, f"{who} resolves to {addresses[0]}{beyond}", rule, _interface_fix(evidence, host, facts))
+            why = f"resolves to {address}" if facts["own_addresses"] or interface else f"does not resolve: gloo takes {address}"
+            beyond = "" if _is_loopback(address) else ", which the other hosts do not reach"
+            # Of two ranks the one with the larger address dials (pytorch/gloo, transport/tcp/device.cc, `isInitiator`).
+            ours = ipaddress.ip_address(address).packed
+            others = [each for name_, each in addresses.items() if name_ != host.name and each]
+            if any(ipaddress.ip_address(each).packed >= ours for each in others):
+                yield _say("fail", host, f"{who} {why}{beyond}", rule, fix)
+            else:
+                luck = "gloo tells it the other ranks; none dials it, as of two the one with the larger address dials: luck"
+                yield _say("warn", host, f"{who} {why}{beyond}", luck, fix)
+
+
+def _gloo_address(facts: dict[str, Any]) -> str | None:
+    """What gloo tells the other ranks; None where it is told an interface that is not there.
+
+    Source: torch 2.13, torch/csrc/distributed/c10d/ProcessGroupGloo.cpp (`createDefaultDevice`).
+    """
+    interface = (facts["gloo_interface"] or "").partition(",")[0]
+    if interface:
+        return next((each["address"] for each in facts["interfaces"] if each["name"] == interface), None)
+    return str((facts["own_addresses"] or ["127.0.0.1"])[0]).partition("%")[0]
 
 
 def _interface_fix(evidence: Evidence, host: HostEvidence, facts: dict[str, Any]) -> str:
@@ -464,7 +473,7 @@ def _is_reached(evidence: Evidence, host: HostEvidence, address: str) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    return ipaddress.ip_address(address).is_loopback
 
 
 def port(evidence: Evidence) -> Iterator[Finding]:
@@ -602,7 +611,7 @@ def collectives(evidence: Evidence) -> Iterator[Finding]:
         return
     answer = evidence.collectives["answer"] or {"alone": [], "wrong": []}
     times, wrong, failed = answer["alone"], answer["wrong"], dict(evidence.collectives["failed"])
-    middle = median_high(times) if times else 1.0
+    middle = median_low(times) if times else 1.0
     for host in evidence.hosts:
         ranks = [rank for rank, each in enumerate(evidence.hosts_by_rank) if each == host.name]
         slow = [rank for rank in ranks if times and times[rank] > SLOW_FACTOR * middle]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from statistics import median_high
+from statistics import median_low
 from typing import Any
 
 from ds_trainer.checkpoint.layout import in_words
@@ -111,7 +111,7 @@ def bandwidth(evidence: Evidence) -> list[str]:
         lines.append(f"  {_size(size):<12}" + "".join(f"{in_words(int(rows[name, size])) + '/s':<16}" for name in names))
     alone = answer["alone"]
     slowest = max(range(len(alone)), key=alone.__getitem__)
-    times = alone[slowest] / median_high(alone)
+    times = alone[slowest] / median_low(alone)
     where = f"{slowest} on {evidence.hosts_by_rank[slowest]}, {times:.2f} times as long as the rank in the middle"
     lines += _in_full(f"{where}, for one product of matrices", "  slowest rank: ")
     return [line.rstrip() for line in lines]

@@ -48,12 +48,12 @@ def host(number: int) -> HostEvidence:
         "leftovers": [],
         "interfaces": [
             {"name": "lo", "address": "127.0.0.1", "loopback": True},
-            {"name": "eth0", "address": f"10.0.0.{number}", "loopback": False},
+            {"name": "eth0", "address": f"192.168.0.{number}", "loopback": False},
         ],
         "gloo_interface": None,
         "infiniband": False,
-        "own_addresses": [f"10.0.0.{number}"],
-        "first_address": f"10.0.0.{number}",
+        "own_addresses": [f"192.168.0.{number}"],
+        "first_address": f"192.168.0.{number}",
         "shm": {"free": 16 * GIB, "size": 16 * GIB},
         "limits": {"nofile": [65536, 65536], "memlock": [-1, -1]},
         "unlimited": -1,
@@ -64,7 +64,7 @@ def host(number: int) -> HostEvidence:
         slots=2,
         facts=facts,
         clock=(0.001 * number, 0.002),
-        reaches={f"node{other}": {f"10.0.0.{other}": "ok"} for other in others},
+        reaches={f"node{other}": {f"192.168.0.{other}": "ok"} for other in others},
         rendezvous=None if number == 1 else "ok",
         paths={
             "/data/model": {"found": True, "files": 3, "bytes": 9000, "digest": "m"},
@@ -187,11 +187,11 @@ class Case:
 
 
 MEASURED: dict[str, Any] = {"alone": [1.0] * 6, "wrong": [], "bandwidth": [], "device": "cuda"}
-FAR = {"node1": {"10.0.0.1": "no answer"}, "node3": {"10.0.0.3": "ok"}}
+FAR = {"node1": {"192.168.0.1": "no answer"}, "node3": {"192.168.0.3": "ok"}}
 SMALL = {"space": {"free": 25 * GIB, "size": 99 * GIB}, "checkpoints": 0, "file_system": "nfs4 on store:/out"}
 OTHER_NAMES = [
     {"name": "docker0", "address": "172.17.0.1", "loopback": False},
-    {"name": "ib0", "address": "10.0.0.2", "loopback": False},
+    {"name": "ib0", "address": "192.168.0.2", "loopback": False},
 ]
 
 BROKEN: dict[str, Case] = {
@@ -363,39 +363,42 @@ BROKEN: dict[str, Case] = {
     "rendezvous blocked": Case(
         on("node2", rendezvous="no answer"),
         "network",
-        "10.0.0.1:29500, where the ranks meet, is not reached: no answer",
+        "192.168.0.1:29500, where the ranks meet, is not reached: no answer",
         "open TCP ports 1024-65535",
     ),
     "first address leads elsewhere": Case(
         both(facts_on("node1", first_address="172.17.0.1"), on("node3", rendezvous="someone else")),
         "network",
         "172.17.0.1:29500.*: someone else",
-        "deepspeed --master_addr 10.0.0.1",
+        "deepspeed --master_addr 192.168.0.1",
         host="node3",
     ),
     "no address": Case(
         facts_on("node1", first_address=None),
         "network",
         "`hostname -I` gives no address",
-        "deepspeed --master_addr 10.0.0.1",
+        "deepspeed --master_addr 192.168.0.1",
         host="node1",
     ),
     "two hosts that do not meet": Case(
-        on("node2", reaches=FAR), "network", "reaches node1 at none of its addresses .10.0.0.1: no answer.", "open TCP ports"
+        on("node2", reaches=FAR), "network", "reaches node1 at none of its addresses .192.168.0.1: no answer.", "open TCP ports"
     ),
     "own name is 127.0.1.1": Case(
         facts(own_addresses=["127.0.1.1"]),
         "name",
-        "its own name node2 resolves to 127.0.1.1$",
+        "its own name resolves to 127.0.1.1$",
         r"GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 >> ~/.deepspeed_env; with torchrun: export GLOO",
     ),
-    "own name is ::1": Case(facts(own_addresses=["::1"]), "name", "resolves to ::1$", "=eth0"),
-    "own name unknown": Case(facts(own_addresses=[]), "name", "does not resolve", "=eth0"),
+    "own name is ::1": Case(facts(own_addresses=["::1"]), "name", "leads to ::1, those of most other hosts to IPv4", "=eth0"),
+    "own name unknown": Case(facts(own_addresses=[]), "name", "does not resolve: gloo takes 127.0.0.1", "=eth0"),
+    "own name leads astray, and nobody dials it": Case(
+        facts(own_addresses=["203.0.113.9"]), "name", "203.0.113.9, which the other hosts do not reach", "=eth0", verdict="warn"
+    ),
     "interfaces have other names": Case(
         facts(own_addresses=["172.17.0.1"], interfaces=OTHER_NAMES),
         "name",
         "resolves to 172.17.0.1, which the other hosts do not reach",
-        "interface ib0 is reached, at 10.0.0.2: write `10.0.0.2 node2` into /etc/hosts of node2",
+        "interface ib0 is reached, at 192.168.0.2: write `192.168.0.2 node2` into /etc/hosts of node2",
     ),
     "no such interface": Case(
         facts(gloo_interface="eth7"), "name", "GLOO_SOCKET_IFNAME=eth7, and there is no such interface", "=eth0"
