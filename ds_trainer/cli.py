@@ -374,6 +374,9 @@ def doctor(
     overrides: Overrides = None,
     deepspeed: DeepSpeedJson = None,
     sets: Sets = None,
+    launcher: Annotated[
+        LauncherChoice, typer.Option("--launcher", help="What will start the run on the hosts of a hostfile.")
+    ] = LauncherChoice.deepspeed,
     port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="Where the ranks would meet.")] = 29500,
     collectives: Annotated[
         bool, typer.Option("--collectives/--no-collectives", help="Let the ranks of all hosts exchange tensors, and time them.")
@@ -396,6 +399,7 @@ def doctor(
     wishes = Wishes(
         hosts=read_hostfile(hostfile) if hostfile else None,
         resolved=_resolve(config, deepspeed, overrides, sets, None) if config else None,
+        launcher=launcher.value,
         port=port,
         seconds=timeout,
         collectives=collectives,

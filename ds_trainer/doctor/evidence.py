@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ds_trainer.doctor.needs import Needs
+from ds_trainer.launch.choose import LauncherName
 from ds_trainer.launch.exports import Exports
 
 Verdict = Literal["ok", "warn", "fail", "skip"]
@@ -66,6 +67,8 @@ class Evidence:
     hosts: tuple[HostEvidence, ...]
     alone: bool = False
     """There is no hostfile: this machine, and no launcher that goes through ssh."""
+    launcher: LauncherName = "deepspeed"
+    """What would start the run."""
     port: int = 29500
     pdsh: str | None = "ssh"
     """How pdsh can reach hosts, in its own words; None when it is not installed."""
@@ -91,14 +94,13 @@ class Evidence:
 
     @property
     def through_pdsh(self) -> bool:
-        """Whether `deepspeed` would start the workers through pdsh: with one host it starts them itself."""
-        return len(self.hosts) > 1
+        """Whether the workers are started through pdsh: with one host `deepspeed` starts them itself."""
+        return len(self.hosts) > 1 and self.launcher == "deepspeed"
 
     @property
     def master(self) -> str | None:
-        """The address of rank zero that `deepspeed` would take."""
-        facts = self.hosts[0].facts
-        return facts["first_address"] if facts else None
+        """Where the ranks meet: the address that `deepspeed` would take, or for torchrun the first host's name."""
+        return meeting_place(self.launcher, self.hosts[0].name, self.hosts[0].facts)
 
     @property
     def hosts_by_rank(self) -> list[str]:
@@ -109,3 +111,10 @@ class Evidence:
     def world_size(self) -> int:
         """Ranks on all hosts."""
         return len(self.hosts_by_rank)
+
+
+def meeting_place(launcher: LauncherName, first: str, facts: dict[str, Any] | None) -> str | None:
+    """Where the ranks meet on the first host; None where `deepspeed` finds no address."""
+    if launcher == "torchrun":
+        return first
+    return facts["first_address"] if facts else None

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.doctor.evidence import HERE, Evidence, HostEvidence
+from ds_trainer.doctor.evidence import HERE, Evidence, HostEvidence, meeting_place
 from ds_trainer.doctor.judge import judge
 from ds_trainer.doctor.needs import Needs, checkpoint_bytes, needs_of
 from ds_trainer.doctor.probe import LEFTOVER, fingerprint
 from ds_trainer.doctor.remote import Host, Unanswered, ask_all, clock_offset, local_command, ssh_command
+from ds_trainer.launch.choose import LauncherName
 from ds_trainer.launch.exports import COMMON_VARIABLES, Exports, read_exports, that_matter
 from ds_trainer.launch.hostfile import HostSlots
 
@@ -46,6 +47,8 @@ class Wishes:
     """Of the hostfile; None examines this machine alone."""
     resolved: Resolved | None
     """The run that is meant to run there."""
+    launcher: LauncherName
+    """What will start it on the hosts."""
     port: int
     seconds: float
     """A host that does not answer for so long is given up."""
@@ -61,10 +64,12 @@ def examine(wishes: Wishes, environ: Mapping[str, str], report: Report) -> Evide
         environ: of the shell that the launcher would be started in.
         report: takes a line for the user, about what is being done.
     """
-    exports = read_exports(environ, Path.home(), Path.cwd())
-    # DeepSpeed puts the folder it is started in in front (launcher/runner.py).
-    path = os.pathsep.join(filter(None, [os.getcwd(), exports.variables.get("PYTHONPATH")]))
-    sent = {**exports.variables, "PYTHONPATH": path}
+    exports, sent = Exports(), {}
+    if wishes.launcher == "deepspeed":
+        exports = read_exports(environ, Path.home(), Path.cwd())
+        # DeepSpeed puts the folder it is started in in front (launcher/runner.py).
+        path = os.pathsep.join(filter(None, [os.getcwd(), exports.variables.get("PYTHONPATH")]))
+        sent = {**exports.variables, "PYTHONPATH": path}
     hosts = _start(wishes, environ, sent, report)
     try:
         with ThreadPoolExecutor(1) as counter:
@@ -114,7 +119,7 @@ def _ask(
         lambda host: {"variables": asked, "port": wishes.port, "torch_seconds": TORCH_SECONDS},
     )
     slots = {host.name: host.slots if wishes.hosts is not None else _devices(facts.get(host.name)) for host in hosts}
-    reaches, rendezvous = _call_around(hosts, facts, wishes.port, limit) if len(hosts) > 1 else ({}, {})
+    reaches, rendezvous = _call_around(hosts, facts, wishes, limit) if len(hosts) > 1 else ({}, {})
     paths: dict[str, Any] = {}
     folders: dict[str, Any] = {}
     sees: dict[str, bool] = {}
@@ -145,6 +150,7 @@ def _ask(
             for host in hosts
         ),
         alone=wishes.hosts is None,
+        launcher=wishes.launcher,
         port=wishes.port,
         pdsh=_pdsh(),
         exports=exports,
@@ -184,11 +190,12 @@ def _clocks(hosts: list[Host], limit: float) -> dict[str, tuple[float, float]]:
 
 
 def _call_around(
-    hosts: list[Host], facts: Mapping[str, dict[str, Any]], port: int, limit: float
+    hosts: list[Host], facts: Mapping[str, dict[str, Any]], wishes: Wishes, limit: float
 ) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, str]]:
     """Let every host listen, on the first one at the rendezvous too, and every other one call all its addresses."""
     tokens = {host.name: f"{host.name} {uuid.uuid4().hex}" for host in hosts}
-    first = hosts[0]
+    first, port = hosts[0], wishes.port
+    place = meeting_place(wishes.launcher, first.name, facts.get(first.name))
     ports = ask_all(hosts, "listen", limit, lambda host: {"port": port if host is first else 0, "token": tokens[host.name]})
     calls: dict[str, list[tuple[str, str, int]]] = {}
     for host in hosts:
@@ -199,8 +206,8 @@ def _call_around(
             for each in facts[peer.name]["interfaces"]
             if not each["loopback"]
         ]
-        if host is not first and first.name in facts and facts[first.name]["first_address"]:
-            calls[host.name].append((first.name, facts[first.name]["first_address"], port))
+        if host is not first and first.name in facts and place:
+            calls[host.name].append((first.name, place, port))
     answers = ask_all(
         hosts,
         "dial",

@@ -68,7 +68,7 @@ def ssh(evidence: Evidence) -> Iterator[Finding]:
                 yield _say("ok", host, "answers without a prompt")
             continue
         fix = next((fix for words, fix in _SSH_FIXES if words in host.lost.lower()), "see what `ssh {host} true` says")
-        rule = "DeepSpeed starts the workers through ssh, where nobody can answer a prompt"
+        rule = "`deepspeed` starts the workers through ssh, and `doctor` asks through it: nobody can answer a prompt there"
         yield _say("fail", host, host.lost, rule, fix.format(host=host.name))
 
 
@@ -378,7 +378,7 @@ def network(evidence: Evidence) -> Iterator[Finding]:
     if first.facts is not None and evidence.master is None:
         good = next(iter(_good_interfaces(evidence, first, first.facts).values()), "ADDRESS")
         rule = "`deepspeed` asks the first host so for the address where the ranks meet"
-        yield _say("fail", first, "`hostname -I` gives no address there", rule, f"deepspeed --master_addr {good}")
+        yield _say("fail", first, "`hostname -I` gives no address there", rule, _meet_at(evidence, good))
     open_ports = f"open TCP ports 1024-65535 between the hosts: ranks meet at {evidence.port}, gloo and NCCL then choose any"
     rule = "every rank dials the rendezvous and then all other ranks, and waits for minutes where nobody answers"
     for host in evidence.answering:
@@ -390,7 +390,7 @@ def network(evidence: Evidence) -> Iterator[Finding]:
             found = f"{evidence.master}:{evidence.port}, where the ranks meet, is not reached: {host.rendezvous}"
             there = host.reaches.get(first.name, {})
             other = next((address for address, result in there.items() if result == "ok"), None)
-            fix = f"deepspeed --master_addr {other}" if other and there.get(str(evidence.master)) != "ok" else open_ports
+            fix = _meet_at(evidence, other) if other and there.get(str(evidence.master)) != "ok" else open_ports
             yield _say("fail", host, found, rule, fix)
         for peer, results in host.reaches.items():
             if results and "ok" not in results.values():
@@ -399,6 +399,12 @@ def network(evidence: Evidence) -> Iterator[Finding]:
                 yield _say("fail", host, f"reaches {peer} at none of its addresses ({tried})", rule, open_ports)
         if fine:
             yield _say("ok", host, f"reaches {_count(host.reaches, 'other host')}")
+
+
+def _meet_at(evidence: Evidence, address: str) -> str:
+    if evidence.launcher == "torchrun":
+        return f"torchrun --rdzv-endpoint {address}:{evidence.port}"
+    return f"deepspeed --master_addr {address}"
 
 
 def name(evidence: Evidence) -> Iterator[Finding]:
@@ -486,8 +492,9 @@ def port(evidence: Evidence) -> Iterator[Finding]:
         yield _say("ok", host, f"{evidence.port} is free")
         return
     who = f"by process {owner['pid']} ({owner['command']})" if owner["pid"] else "by a process that cannot be seen from here"
-    fix = f"end that process, or choose another port: --master_port {owner['free']} (torchrun: --master-port {owner['free']})"
-    rule = "the ranks meet there; `deepspeed` does not look for another one"
+    option = "--master_port" if evidence.launcher == "deepspeed" else "--rdzv-endpoint, port"
+    fix = f"end that process, or choose another port: {option} {owner['free']}"
+    rule = "the ranks meet there" + ("; torchrun finds another one by itself" if evidence.alone else "")
     yield _say("warn" if evidence.alone else "fail", host, f"port {evidence.port} is taken {who}", rule, fix)
 
 

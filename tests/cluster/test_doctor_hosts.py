@@ -232,3 +232,12 @@ def test_hosts_that_do_not_reach_one_another_are_told_apart(make_hosts: MakeHost
     assert any(f"reaches {third.name} at none of its addresses ({third.address}: " in each for each in blocked)
     assert "torch cannot be imported: no word, exit code -11 (killed by signal 11)" in found["torch", third.name]
     assert {check for check, _ in found} == {"network", "torch"}, "the names of the hosts are all right"
+
+    # torchrun is given a name, which the third host does not know.
+    (tmp_path / "nobody").write_text(f"127.0.0.1 localhost\n{third.address} {third.name}\n")
+    third.mount(tmp_path / "nobody", Path("/etc/hosts"))
+    _, answer = doctor(here, {here.name: 1, third.name: 1}, "--launcher", "torchrun", cwd=tmp_path, HF_HOME="/hf")
+    found = named(answer)
+    assert {check for check, _ in found} == {"network", "torch"}, "torchrun loses no HF_HOME"
+    assert f"{here.name}:29500, where the ranks meet, is not reached: " in found["network", third.name]
+    assert f"FIX torchrun --rdzv-endpoint {here.address}:29500" in found["network", third.name]

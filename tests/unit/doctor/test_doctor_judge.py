@@ -380,6 +380,12 @@ BROKEN: dict[str, Case] = {
         "deepspeed --master_addr 192.168.0.1",
         host="node1",
     ),
+    "a name that torchrun's workers do not know": Case(
+        both(whole(launcher="torchrun"), on("node2", rendezvous="Name or service not known")),
+        "network",
+        "node1:29500, where the ranks meet, is not reached: Name or service not known",
+        "^torchrun --rdzv-endpoint 192.168.0.1:29500$",
+    ),
     "two hosts that do not meet": Case(
         on("node2", reaches=FAR), "network", "reaches node1 at none of its addresses .192.168.0.1: no answer.", "open TCP ports"
     ),
@@ -513,6 +519,15 @@ def test_one_machine_alone_is_not_judged_by_what_a_launcher_would_send():
     findings = judge(alone)
     assert [(each.check, each.verdict) for each in findings if each.verdict != "ok"] == [("port", "warn")]
     assert not {"ssh", "pdsh", "deepspeed_env", "network", "name", "clock"} & {each.check for each in findings}
+
+
+def test_torchrun_is_not_judged_by_what_pdsh_would_do():
+    matter = {"HF_HOME": ("where models are found", "other")}
+    problems = Exports(problems=((".deepspeed_env:1", "blank", "sed"),))
+    torchrun = replace(HEALTHY, launcher="torchrun", pdsh=None, matter=matter, exports=problems)
+    findings = judge(facts(folder="/my work")(torchrun))
+    assert [each for each in findings if each.verdict != "ok"] == []
+    assert not {"pdsh", "deepspeed_env"} & {each.check for each in findings}
 
 
 def test_a_port_that_another_program_holds_still_shows_that_the_way_is_open():
