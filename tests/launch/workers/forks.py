@@ -118,7 +118,7 @@ if __name__ == "__main__":
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-    import ds_trainer.debug
+    import ds_trainer.debug.story
     import ds_trainer.export
     import ds_trainer.train  # noqa: F401
 
