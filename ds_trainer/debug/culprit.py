@@ -1,4 +1,4 @@
-"""Find where a number that is not finite comes from: the module, what it was given, the samples; or the line of the forward pass.
+"""Find where a number that is not finite comes from: the module, what it was given, the samples; or the forward line.
 
 Hooks are there only inside `watched`: a run that is not watched pays nothing.
 """
@@ -57,18 +57,14 @@ class Place:
         fed = [sample for row in self.samples for sample in row]
         if values is None or values.shape[:2] != self.position_ids.shape:
             return _listed("The micro-batch holds", fed)
-        wrong = ~torch.isfinite(values.detach()).flatten(2).all(dim=2) if values.dim() > 2 else ~torch.isfinite(values.detach())
-        rows = [fed] if wrong.shape[0] == 1 else self.samples  # one row may be all rows end to end
+        wrong = ~torch.isfinite(values.detach().flatten(2) if values.dim() > 2 else values.detach()[..., None]).all(dim=2)
         documents = (self.position_ids == 0).cumsum(dim=1) - 1
         found: list[str] = []
-        for row, samples in enumerate(rows):
+        for row, samples in enumerate([fed] if len(wrong) == 1 else self.samples):  # one row may be all rows end to end
             inside = documents[row][wrong[row]].unique().tolist()
             found += [samples[each] if each < len(samples) else "the padding of a row" for each in inside]
-        positions = wrong.nonzero()[:, 1].tolist()
-        where = (
-            f" At positions {positions[0]} to {positions[-1]}" if rows == [fed] else f" In {int(wrong.any(dim=1).sum())} rows"
-        )
-        return f"{where} ({len(positions)} of {wrong.numel()})." + _listed("There lies", found)
+        where = f" That is at {int(wrong.sum())} of {wrong.numel()} positions."
+        return where + (_listed("There lies", found) if fed else "")
 
 
 def _listed(begin: str, samples: list[str]) -> str:
@@ -150,8 +146,8 @@ class _Watch:
         if self._finite_until is not None:
             since = f"it was finite at the output of {self._finite_until}, so that the backward pass between the two makes it"
         raise NonFiniteError(
-            f"{self._place.words}: every output is finite, but the gradient that arrives at the output of {name} is not: {since}."
-            f"{self._place.in_words(gradient)}\n  gradient: {statistics(gradient)}"
+            f"{self._place.words}: every output is finite, but the gradient that arrives at the output of {name} is not: "
+            f"{since}.{self._place.in_words(gradient)}\n  gradient: {statistics(gradient)}"
         )
 
     def _parameter_gradient(self, name: str, gradient: Tensor) -> None:
@@ -191,7 +187,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _forward_lines(place: Place) -> Iterator[None]:
-    """torch's anomaly detection, which tells the forward line in a warning, as one error."""
+    """Anomaly detection of torch, which tells the forward line in a warning, as one error."""
     with warnings.catch_warnings(record=True) as heard, torch.autograd.detect_anomaly(check_nan=True):
         warnings.simplefilter("always")
         try:

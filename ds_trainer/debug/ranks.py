@@ -1,7 +1,7 @@
 """A step of many ranks in one process: each micro-batch with the random numbers that its rank would have.
 
-The one process accumulates over all micro-batches of all ranks. By the order of the data (`data.order.positions_of_window`) these
-lie one after the other: micro-batch 1 of every rank, then micro-batch 2 of every rank. In a stream, a rank's lie together.
+One process accumulates over all micro-batches of all ranks. In the order of the data (`data.order.positions_of_window`) these
+are micro-batch 1 of every rank, then micro-batch 2 of every rank. In a stream, a rank's lie together.
 """
 
 from __future__ import annotations

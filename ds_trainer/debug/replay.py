@@ -1,4 +1,4 @@
-"""What a run folder tells of the start that failed: at which step, on how many ranks, with which settings, from which checkpoint.
+"""What a run folder tells of the start that failed: its step, ranks and settings, and the checkpoint before it.
 
 Everything is read from the folder itself: the run file and the JSON it was started with may have changed since.
 """
@@ -144,17 +144,18 @@ def checkpoint_before(run: Path, step: int, events: list[dict[str, Any]]) -> Pat
 def write_settings(run: Path) -> Path:
     """The settings that were in force, as a run file in the folder of the debug run. Returns its path.
 
-    `resolved.json` has every setting once, whichever of run file, JSON and command line said it. What DeepSpeed calls by another
-    name is left out of its section, where the file that was overruled may still have spoken.
+    `resolved.json` has every setting, whichever of run file, JSON and command line said it; a default is no statement. What
+    DeepSpeed calls by another name is left out of its section: what was overruled may still stand there.
     """
     import yaml
 
     resolved = json.loads((run / "resolved.json").read_text(encoding="utf-8"))
-    shared = {each.key for each in SHARED} | {"bf16.enabled", "bfloat16.enabled", "fp16.enabled"}
+    shared = [*(each.key for each in SHARED), "bf16.enabled", "bfloat16.enabled", "fp16.enabled", "config"]
+    left_out = tuple(f"deepspeed.{each}." for each in shared)
     tree: dict[str, Any] = {}
     for path, fields in resolved.items():
-        section, _, key = path.partition(".")
-        if path == "deepspeed.config" or (section == "deepspeed" and any(f"{key}.".startswith(f"{each}.") for each in shared)):
+        key = f"{path}."
+        if fields["origin"] == "default" or key.startswith(left_out):
             continue
         *blocks, name = path.split(".")
         block = tree
@@ -189,6 +190,6 @@ def require_same_data(crash: Crash, fingerprint: str) -> None:
     """
     if crash.fingerprint not in (None, fingerprint):
         raise DataError(
-            f"--replay {crash.run}: the data has changed since the run (fingerprint {fingerprint}, then {crash.fingerprint}), so "
-            "its rows are not those of the run. Restore the files and the tokenizer the run read."
+            f"--replay {crash.run}: the data has changed since the run (fingerprint {fingerprint}, then {crash.fingerprint}). "
+            "Restore the files and the tokenizer the run read."
         )

@@ -1,7 +1,7 @@
 """The story of a debug run: the same parts in one process, for a debugger or a quick look. Nothing is saved.
 
-Without a rank, the rows of all ranks are run by accumulation, so that losses and updates are those of the run. With a rank, only
-its share of one step is: its losses are exact, and no update is made, for that needs the rows of all ranks.
+Without a rank, the rows of all ranks are run by accumulation, so that losses and updates are those of the run. With a rank, its
+share of one step is, and no other: its losses are exact, and no update is made, for that needs the rows of all ranks.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def debug(
     if crash:
         say(
             f"step {crash.step} ran here without a failure. In the run it ended with: {crash.reason}\n"
-            "So it was not the data, the weights and the settings alone: look at the host, the memory and the network of that run."
+            "Data, weights and settings alone do not make it fail: look at the hosts, the memory and the network of that run."
         )
     done = f"{end - first + 1} steps ran in one process" if asked.rank is None else "one rank's share ran, without an update"
     say(f"{done}; nothing was saved. Metrics: {folder.metrics}")
@@ -163,9 +163,7 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
         return read_manifest(checkpoint)
     except ValueError as error:
         there = [str(path) for path in complete_checkpoints(checkpoint.parent)]
-        raise ResumeError(
-            f"--from {checkpoint}: {error}. There is {', '.join(there) or f'none in {checkpoint.parent}'}."
-        ) from None
+        raise ResumeError(f"--from {checkpoint}: {error}. There is {', '.join(there) or 'none beside it'}.") from None
 
 
 def batch_of(resolved: Resolved, world_size: int | None) -> BatchPlan:
@@ -189,17 +187,14 @@ def what_is_run(asked: Asked, crash: Crash | None, weights_step: int, first: int
     lines = [f"weights and optimizer: {where}"]
     if first != weights_step + 1:
         lines[0] += (
-            f"; only the data and the dropout are those of step {first}. For the weights too: --from a checkpoint of step "
+            f"; only data and dropout are those of step {first}. For its weights: --from a checkpoint of step {first - 1}"
         )
-        lines[0] += f"{first - 1}"
     if many.data_parallel_size > 1:
         lines.append(f"as {many.data_parallel_size} ranks: {many}, each micro-batch with its rank's dropout")
     if asked.rank is not None:
-        lines.append(
-            f"only the share of rank {asked.rank}: its losses are exact; no update, for that needs the rows of all ranks"
-        )
+        lines.append(f"only the share of rank {asked.rank}: its losses are exact; an update would need the rows of all ranks")
     if crash:
-        before = f"after steps {first} to {crash.step - 1}" if crash.step > first else "at once"
+        before = f"after steps {first} to {crash.step - 1}" if crash.step > first + 1 else f"after step {crash.step - 1}"
         who = ", ".join(f"rank {rank}" for rank in crash.micro_batches)
         lines.insert(0, f"replaying step {crash.step} of {crash.run}, {before}. It ended with: {crash.reason}")
         lines.insert(1, f"settings: those that {crash.run / 'resolved.json'} kept, whatever the files they came from say now")
@@ -233,7 +228,7 @@ def samples_of_step(prepared: Prepared, rows_consumed: int, index: int) -> list[
 def rows_of_step(
     prepared: Prepared, weights: TrainState, step: int, many: BatchPlan, asked: Asked, crash: Crash | None, colours: bool
 ) -> list[Any]:
-    """The rows of a step that somebody wants to see: of the rank that was asked for, or those a crash was about, or the first."""
+    """The rows of a step that are shown: of the rank that was asked for, or those that a crash was about, or the first."""
     if not asked.show_rows:
         return []
     windows = read_windows(

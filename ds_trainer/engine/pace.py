@@ -1,8 +1,8 @@
 """How fast this rank itself computes, told apart from how long it waits for others.
 
 A step takes equally long on every rank, since the ranks wait for one another in its collectives; under ZeRO-3 even a forward
-does, for it gathers weights layer by layer. What no rank waits in is the forward of a module without children: DeepSpeed's hooks
-gather before it and release after it. So that is what is measured, in the first micro-batch of each step.
+does, for it gathers weights layer by layer. No rank waits in the forward of a module without children: DeepSpeed's hooks gather
+before it and release after it. So that is what is measured, in the first micro-batch of each step.
 """
 
 from __future__ import annotations
