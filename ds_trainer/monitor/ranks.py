@@ -11,11 +11,11 @@ from typing import Any
 LISTED_RANKS = 64
 """Up to so many ranks, each one's numbers are written; of more only the extremes, so that a line stays short."""
 SLOWER = 1.25
-"""A straggler takes at least so many times what the others take,"""
+"""A straggler takes more than so many times what the others take,"""
+LEAST_SECONDS = 0.02
+"""and so much more: what else runs on a host makes differences of some milliseconds,"""
 STEP_FRACTION = 0.05
-"""and at least this part of a step more,"""
-LEAST_SECONDS = 0.01
-"""and at least this much more: below, what else runs on a host is larger."""
+"""and, where it waits for data, this part of a step more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +66,10 @@ def find_stragglers(ranks: Sequence[RankPace]) -> list[Straggler]:
     if len(ranks) == 1:
         return []
     step_seconds = median(each.step_seconds for each in ranks)
-    margin = max(LEAST_SECONDS, STEP_FRACTION * step_seconds)
     found = []
-    for what, values in (
-        ("forward", [each.usual_forward_seconds for each in ranks]),
-        ("data", [each.usual_data_wait_seconds for each in ranks]),
+    for what, values, margin in (
+        ("forward", [each.usual_forward_seconds for each in ranks], LEAST_SECONDS),
+        ("data", [each.usual_data_wait_seconds for each in ranks], max(LEAST_SECONDS, STEP_FRACTION * step_seconds)),
     ):
         ordered = sorted(values)
         for rank, own in enumerate(values):
