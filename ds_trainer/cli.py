@@ -448,10 +448,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_port(words: list[str]) -> list[str]:
     """The command line with a port after `--listen`: typer knows no option whose value may be left out."""
-    numbers = [re.fullmatch(r"\d+", word) for word in [*words[1:], ""]]
+    after = [*words[1:], ""]
     return [
-        f"{word}={DEBUG_PORT}" if word == "--listen" and not number else word
-        for word, number in zip(words, numbers, strict=True)
+        f"{word}={DEBUG_PORT}" if word == "--listen" and not after[index].isdigit() else word
+        for index, word in enumerate(words)
     ]
 
 

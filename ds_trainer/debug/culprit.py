@@ -203,8 +203,6 @@ def forward_line(told: str) -> str:
     """The lines of the forward pass in torch's warning, innermost first: the one of a model, or of this program."""
     frames = [each for each in _FRAME.finditer(told) if not _LIBRARIES.search(each["file"])]
     lines = [f"  {each['file']}:{each['line']} in {each['name']}: {each['code'].strip()}" for each in reversed(frames[-3:])]
-    return (
-        "\n".join(["Its forward pass is", *lines]) + "\n"
-        if lines
-        else "Which line of the forward pass it was, torch does not say."
-    )
+    if not lines:
+        return "Which line of the forward pass that belongs to, torch does not say."
+    return "\n".join(["The forward line:", *lines, ""])

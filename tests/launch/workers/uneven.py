@@ -1,6 +1,7 @@
 """The program with slow ranks: uneven.py COMPUTE DATA train ...
 
-The host of rank COMPUTE gives it a third of the time: it is stopped and let go on in slices. Rank DATA reads slowly. -1 is nobody.
+The host of rank COMPUTE gives it a third of the time: it is stopped and let go on in slices. Rank DATA reads slowly.
+-1 is nobody.
 """
 
 import os
