@@ -1,4 +1,4 @@
-"""`debug` beside real runs of two ranks: the same micro-batches, the same losses; a crash found again; a cluster's run on one CPU."""
+"""`debug` beside real runs of two ranks: the same losses, micro-batch by micro-batch; a crash found again; 64 GPUs."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def base(corpus, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", ["value", "slope"])
 def test_a_crash_under_zero3_with_lora_is_found_again_by_module_and_sample(forks, run_file, corpus, base, tmp_path, kind):
     lines = (corpus / "texts.jsonl").read_text().splitlines()
-    lines[30] = json.dumps({"text": json.loads(lines[30])["text"] + " %"})
+    lines[56] = json.dumps({"text": json.loads(lines[56])["text"] + " %"})
     odd = tmp_path / "odd.jsonl"
     odd.write_text("\n".join(lines) + "\n")
     config = run_file(
         "run",
         model={"path": str(base)},
         data={"sources": [{"path": "odd.jsonl", "format": "text"}]},
-        train={"max_steps": 12, "on_nonfinite": "skip"},
+        train={"max_steps": 6, "on_nonfinite": "skip"},
         adapter={"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
         deepspeed={"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
         checkpoint={"every_steps": 2, "keep_last": 1},
@@ -121,7 +121,7 @@ def test_a_crash_under_zero3_with_lora_is_found_again_by_module_and_sample(forks
     before = next(line["loss"] for line in metrics(run) if line["step"] == step - 1)
     assert metrics(run / "debug")[0]["loss"] == pytest.approx(before, abs=1e-5)
     assert told.count("odd.jsonl:") == 1
-    assert "There lies odd.jsonl:31.\n" in told
+    assert "There lies odd.jsonl:57.\n" in told
     if kind == "value":
         [(rank, [micro_batch])] = skipped["micro_batches"].items()
         assert told.startswith(f"ds_trainer: step {step}, rank {rank}, micro-batch {micro_batch}: the first output that is ")

@@ -32,7 +32,7 @@ if rank == data:
     real = TokenRows.read
 
     def read(self, rows):
-        time.sleep(1.5)
+        time.sleep(0.15)
         return real(self, rows)
 
     TokenRows.read = read
