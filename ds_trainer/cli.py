@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import dataclasses
 import os
 import re
 import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -23,16 +19,11 @@ from ds_trainer.errors import (
     EXIT_BY_SIGNAL,
     EXIT_DONE,
     EXIT_FAILED,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_PREEMPTED,
     EXIT_REFUSED,
     ArgumentsError,
     DsTrainerError,
-    HangError,
     LauncherError,
     RefusedError,
-    ResumeError,
-    TrainingError,
 )
 
 if TYPE_CHECKING:
@@ -47,20 +38,11 @@ if TYPE_CHECKING:
 _BEGUN = time.monotonic()
 """When this process began, but for the interpreter's own start."""
 
-_LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
-"""What gloo and NCCL say when a process at the other end is gone."""
-
-_LEFT_ALONE = (
-    "lost the connection to another rank, which ended without a word. Was it killed, for want of memory perhaps? "
-    "`dmesg` on its host and the launcher's lines tell."
-)
 _WAIT_FOR_SPEAKER_SECONDS = 5.0
 """Much longer than the starts of two ranks on one busy machine lie apart."""
 
 DEBUG_PORT = 5678
 """Where `debug --listen` waits for an IDE; the port of debugpy's own examples."""
-
-_ending = threading.Lock()
 
 app = typer.Typer(
     name="ds_trainer",
@@ -92,6 +74,13 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class LauncherChoice(StrEnum):
+    """Who may start a run."""
+
+    torchrun = "torchrun"
+    deepspeed = "deepspeed"
 
 
 def _show_version(asked: bool) -> None:
@@ -129,25 +118,27 @@ def train(
     """
     from ds_trainer.launch.detect import check_local_rank_argument, detect_launch
 
-    launch = detect_launch(dict(os.environ), commands=_commands())
+    commands = _commands()
+    launch = detect_launch(dict(os.environ), commands=commands)
     check_local_rank_argument(launch, context.obj)
     resolved = _resolve(config, deepspeed, overrides, sets, resume)
 
-    def story(folder: RunFolder, console: Console, requests: StopRequests) -> tuple[str, int]:
+    from ds_trainer.endings import run_in_folder
+
+    def story(
+        folder: RunFolder, console: Console, requests: StopRequests, on_hang: Callable[[BaseException], NoReturn]
+    ) -> tuple[str, int]:
         from ds_trainer.monitor.progress import Progress
         from ds_trainer.train import train
 
-        def hung(error: BaseException) -> NoReturn:
-            _account_for(error, folder, launch, console, _continue_command(resolved, launch))
-
         progress = Progress(console if launch.rank == 0 else None)
-        state, stopped = train(resolved, launch, folder, progress, requests, on_hang=hung)
+        state, stopped = train(resolved, launch, folder, progress, requests, on_hang)
         return (
             f"done: {state.step} steps, {state.rows_consumed} rows. Everything is in {folder.path}; as a Hugging Face model:\n"
             f"  ds_trainer export --run {folder.path} --to {folder.path / 'export'}"
         ), stopped
 
-    _run_in_folder(resolved, launch, story)
+    run_in_folder(resolved, launch, commands, story, begun=_BEGUN)
 
 
 @app.command()
@@ -275,6 +266,40 @@ def debug(
         if pdb:
             _post_mortem()
         raise typer.Exit(EXIT_FAILED) from None
+
+
+@app.command("launch-command")
+def launch_command(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Sets = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option("--hostfile", help="The hosts, one `NAME slots=N` a line; see hostfiles/.", show_default=False),
+    ] = None,
+    launcher: Annotated[
+        LauncherChoice | None,
+        typer.Option("--launcher", help="By default deepspeed with a hostfile, else torchrun.", show_default=False),
+    ] = None,
+) -> None:
+    """Print the exact command that starts a run on what is here: a hostfile, a SLURM job, or this machine's devices.
+
+    The command alone goes to standard output, so that a script can take it; what it was chosen from, and the batch that so many
+    ranks make, go to standard error. A run file, a hostfile or a batch that would be refused is refused here.
+    """
+    resolved = _resolve(config, deepspeed, overrides, sets, None)
+
+    from ds_trainer.arguments.engine_config import solve_run_batch
+    from ds_trainer.launch.choose import choose_command
+
+    words = ["train", "--config", str(config), *(["--deepspeed", str(deepspeed)] if deepspeed else [])]
+    words += [*(overrides or []), *(word for each in sets or [] for word in ("--set", each))]
+    choice = choose_command(_commands(words), os.environ, hostfile=hostfile, launcher=launcher.value if launcher else None)
+    batch = solve_run_batch(resolved, choice.world_size)
+    typer.echo(f"# seen: {choice.seen}\n# batch: {batch}\n# to be typed {choice.where}:", err=True)
+    for line in choice.commands:
+        typer.echo(line)
 
 
 @app.command()
@@ -472,10 +497,10 @@ def _speaks_up(error: DsTrainerError) -> bool:
     return speaks or not isinstance(error, LauncherError)
 
 
-def _commands() -> Commands:
+def _commands(arguments: list[str] | None = None) -> Commands:
     from ds_trainer.launch.commands import Commands, visible_devices
 
-    return Commands(arguments=tuple(sys.argv[1:]), device_count=visible_devices(os.environ))
+    return Commands(arguments=tuple(sys.argv[1:] if arguments is None else arguments), device_count=visible_devices(os.environ))
 
 
 def _resolve(
@@ -512,192 +537,6 @@ def _single_process() -> Launch:
         del os.environ[name]
     os.environ.update(single.assign)
     return single.launch
-
-
-def _run_in_folder(
-    resolved: Resolved, launch: Launch, story: Callable[[RunFolder, Console, StopRequests], tuple[str, int]]
-) -> NoReturn:
-    """Run a story with its output in the run folder, and account there for how it ended."""
-    from ds_trainer.checkpoint.layout import newest_step
-    from ds_trainer.monitor import logs
-    from ds_trainer.monitor.parents import Parents
-    from ds_trainer.monitor.progress import Progress
-    from ds_trainer.monitor.run_folder import RunFolder
-    from ds_trainer.monitor.signals import RANK_GONE, StopRequests
-
-    parents = Parents.now()
-    folder = RunFolder(Path(resolved.settings.checkpoint.folder), launch.rank)
-    folder.create()
-    _check_resume(resolved, folder)
-    console = logs.terminal()
-    if launch.rank == 0:
-        folder.lock()
-        folder.clear_errors()
-    logs.to_log_file(folder.log)
-    command = _continue_command(resolved, launch)
-
-    code: int | None = None
-    """What this process leaves with; None while it works."""
-
-    def end_at_once(reason: int) -> None:
-        if code is not None:  # all is said; what still hangs is a tracker that sends the last of what it holds
-            os._exit(code)
-        if reason == RANK_GONE:
-            _account_for(TrainingError(_LEFT_ALONE), folder, launch, console, command)
-        stopped = Stopped(reason, nothing_lost=not requests.training)
-        if launch.rank and not _ranks_have_met():
-            # The folder may be another start's, and rank zero refused for that: nothing is written into it.
-            os._exit(stopped.exit_code)
-        _account_for(stopped, folder, launch, console, command)
-
-    limit = resolved.settings.train.max_seconds
-    requests = StopRequests(
-        end=end_at_once,
-        say=Progress(console if launch.rank == 0 else None).say,
-        a_rank_failed=folder.first_failure.exists,
-        parents=parents,
-        deadline=_BEGUN + limit if limit and launch.rank == 0 else None,
-    )
-    requests.watch()
-    try:
-        last_word, stopped = story(folder, console, requests)
-    except BaseException as error:
-        _account_for(error, folder, launch, console, command)
-    _ending.acquire()
-    ending = EXIT_PREEMPTED if stopped else EXIT_DONE
-    if launch.rank == 0:
-        step = newest_step(folder.checkpoints)
-        reason = _why_stopped(stopped, limit) if stopped else "done"
-        folder.finish(ending, reason, step=step, command=command)
-        console.print(f"ds_trainer: {reason}. {_onwards(step)} with: {command}" if stopped else last_word, markup=False)
-    code = ending
-    _leave(code)
-
-
-def _why_stopped(reason: int, limit: int | None) -> str:
-    """Why a run ended before its time, all ranks together."""
-    from ds_trainer.monitor.signals import TIME_IS_UP, in_words
-
-    return f"train.max_seconds = {limit} is over" if reason == TIME_IS_UP else f"stopped by {in_words(reason)}"
-
-
-def _onwards(step: int | None) -> str:
-    return f"The run goes on from step {step}" if step else "There is no checkpoint yet: the run starts anew"
-
-
-def _ranks_have_met() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and bool(distributed.is_initialized())
-
-
-def _check_resume(resolved: Resolved, folder: RunFolder) -> None:
-    """Refuse a checkpoint that is not there before anything is built."""
-    resume = resolved.settings.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        from ds_trainer.checkpoint.layout import complete_checkpoints
-
-        there = [str(path) for path in complete_checkpoints(folder.checkpoints)]
-        raise ResumeError(
-            f"checkpoint.resume = {resume}: write auto, never or the folder of a checkpoint. "
-            + (f"This run has {', '.join(there)}." if there else f"{folder.checkpoints} holds none.")
-        )
-
-
-class Stopped(BaseException):
-    """This process is asked to end at once."""
-
-    def __init__(self, reason: int, *, nothing_lost: bool) -> None:
-        """Take the reason.
-
-        Args:
-            reason: a signal's number, or one of `monitor.signals`.
-            nothing_lost: no step was being worked on; a start by a scheduler may simply be repeated.
-        """
-        from ds_trainer.monitor.signals import LAUNCHER_GONE, in_words
-
-        super().__init__(f"stopped by {in_words(reason)}" + (" before training" if nothing_lost else ", at once"))
-        number = signal.SIGTERM if reason == LAUNCHER_GONE else reason
-        again = nothing_lost and number != signal.SIGINT  # who presses Ctrl-C wants no requeue
-        self.exit_code = EXIT_PREEMPTED if again else EXIT_BY_SIGNAL + number
-
-
-def _continue_command(resolved: Resolved, launch: Launch) -> str:
-    """What goes on where this start ends: the same command, without a `--resume` that would go back."""
-    arguments = list(sys.argv[1:])
-    for index in reversed([index for index, each in enumerate(arguments) if re.match(r"--resume(=|$)", each)]):
-        del arguments[index : index + (1 if "=" in arguments[index] else 2)]
-    if resolved.settings.checkpoint.resume != "auto":
-        arguments += ["--resume", "auto"]
-    commands = dataclasses.replace(_commands(), arguments=tuple(arguments), device_count=launch.local_world_size)
-    return commands.deepspeed() if launch.launcher == "deepspeed" else commands.torchrun()
-
-
-def _account_for(error: BaseException, folder: RunFolder, launch: Launch, console: Console, command: str) -> NoReturn:
-    """Name the first failing rank and the cause in one block, and leave at once: the other ranks may wait for ever."""
-    _ending.acquire()  # until the end: a signal that comes now must not cut the last words short
-    code = getattr(error, "exit_code", EXIT_OUT_OF_MEMORY if isinstance(error, MemoryError) else EXIT_FAILED)
-    text = _in_words(error)
-    if folder.record_error(error):
-        from ds_trainer.checkpoint.layout import newest_step
-
-        step = newest_step(folder.checkpoints)
-        for line in _last_words(error, text, folder, launch, step, command):
-            console.print(line, markup=False)
-        # What was refused would be refused again.
-        folder.finish(code, text, step=step, command=None if isinstance(error, RefusedError) else command)
-    console.show_cursor()  # a progress bar hides it
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _leave(code: int) -> NoReturn:
-    """End a process whose work is done, without taking torch's threads apart.
-
-    The interpreter's own end does that, and now and then aborts in it (SIGABRT, "terminate called without an active exception";
-    seen with torch 2.13 and gloo in 2 of 12 runs): a complete run would end with an error.
-    """
-    atexit._run_exitfuncs()  # trackers send the last of what they hold there
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _last_words(
-    error: BaseException, text: str, folder: RunFolder, launch: Launch, step: int | None, command: str
-) -> list[str]:
-    """What the terminal says at the end of a start that failed."""
-    import socket
-
-    who = f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()}"
-    if isinstance(error, RefusedError):
-        return [f"ds_trainer: {text}", *([f"({who})"] if launch.node_count > 1 else [])]
-    if isinstance(error, Stopped):
-        return [f"ds_trainer: {text}. {_onwards(step)} with: {command}"]
-    # The rank that speaks when another one vanished is not the one that failed.
-    how = "was left alone" if text.startswith(_LEFT_ALONE) else "failed first"
-    traces = f"Traceback: {folder.error}"
-    if isinstance(error, HangError):
-        how, traces = "found that the run hangs", f"Stacks of the ranks: {folder.error.parent}"
-    return [
-        f"\nds_trainer: {who} {how}:",
-        *(f"  {line}" for line in text.splitlines()),
-        traces,
-        f"Log: {folder.log}",
-        f"{_onwards(step)}, when the cause is mended, with",
-        f"  {command}",
-    ]
-
-
-def _in_words(error: BaseException) -> str:
-    """What happened, for somebody who does not read tracebacks."""
-    if isinstance(error, DsTrainerError | Stopped):
-        return str(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = f"{type(error).__name__}: {str(error)[:500]}"
-    if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
-        return f"{_LEFT_ALONE}\n({text.splitlines()[0]})"
-    return f"{text}\n({frame.filename}:{frame.lineno}, in {frame.name})"
 
 
 def _post_mortem() -> None:

@@ -11,11 +11,15 @@ from pathlib import Path
 
 EXAMPLE_PROCESS_COUNT = 2
 """Processes in the commands where there is no GPU to count."""
+RENDEZVOUS_PORT = 29500
+"""Where the nodes meet; what torchrun and DeepSpeed take by themselves."""
 
 _LOCAL_RANK_OPTION = re.compile(r"--local[_-]rank(=.*)?")
 _DEBUG_OPTIONS = ("--config", "--deepspeed", "--set")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 _VALID_DEVICE = re.compile(r"\s*([0-9]+|(GPU|MIG)-\S+)\s*")
+_MODULE = ("-m", "--module")
+_SCRIPTS = ("torchrun", "deepspeed", "ds")
 _HEAD_NODE = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
 
 
@@ -41,6 +45,29 @@ class Commands:
         """One machine, all its devices."""
         return f"deepspeed --num_gpus {self.process_count} --module ds_trainer {self._train()}"
 
+    def deepspeed_hosts(self, hostfile: str = "HOSTFILE", *, through_pdsh: bool = True) -> str:
+        """All machines of a hostfile, from one of them; what the remote shells of pdsh would expand is quoted for them."""
+        train = ["train", *self._after_subcommand()]
+        words = [for_remote_shell(word) for word in train] if through_pdsh else train
+        return f"deepspeed --hostfile {shlex.quote(hostfile)} --module ds_trainer {shlex.join(words)}"
+
+    def torchrun_nodes(self, nodes: int, first: str) -> str:
+        """Several machines, the same command on each; they meet at the first one."""
+        return self._torchrun(f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint {first}:{RENDEZVOUS_PORT}")
+
+    def again(self, launcher: list[str]) -> str | None:
+        """The command that started a launcher, with these arguments after the module; None where it is not of that form.
+
+        Args:
+            launcher: its command line in words, as the system shows it: an interpreter, a script or `-m module`, options.
+        """
+        at = next((at for at, word in enumerate(launcher) if word == "ds_trainer" and launcher[at - 1] in _MODULE), None)
+        if at is None:
+            return None
+        script = Path(launcher[1]).name
+        words = [script, *launcher[2 : at + 1]] if script in _SCRIPTS else launcher[: at + 1]
+        return f"{shlex.join(words)} {self._train()}"
+
     def debug(self) -> str:
         """One process without a launcher; keeps the settings, drops what only `train` understands."""
         return f"ds_trainer debug {shlex.join(_settings_only(self._after_subcommand()))}".rstrip()
@@ -49,7 +76,7 @@ class Commands:
         """Every node of a SLURM job, one torchrun a node; for a batch script or a shell of `salloc`."""
         # --ntasks is spelled out because srun otherwise takes the job's own, one task a GPU as a rule.
         srun = 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
-        nodes = f'--nnodes "$SLURM_JOB_NUM_NODES" --rdzv-backend c10d --rdzv-endpoint {_HEAD_NODE}:29500'
+        nodes = f'--nnodes "$SLURM_JOB_NUM_NODES" --rdzv-backend c10d --rdzv-endpoint {_HEAD_NODE}:{RENDEZVOUS_PORT}'
         return f"{srun} {self._torchrun(nodes)}"
 
     def pods(self) -> str:
@@ -84,6 +111,15 @@ def visible_devices(environ: Mapping[str, str], dev: Path = Path("/dev")) -> int
             break
         count += 1
     return count
+
+
+def for_remote_shell(word: str) -> str:
+    """A word that arrives as it is after `deepspeed` has handed it to pdsh.
+
+    Source: DeepSpeed 0.19.8, launcher/multinode_runner.py `parse_user_args`: a word with a blank is put in double quotes, any
+    other one goes to the remote shell as it is.
+    """
+    return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def _without_local_rank(arguments: tuple[str, ...]) -> Iterator[str]:

@@ -16,6 +16,7 @@ LOOP = {"loop"}
 STORIES = {
     *("train", "recovery", "agreement", "debug", "check", "export", "prepare", "assemble", "run_data", "verify"),
     "out_of_memory",
+    "endings",
 }
 TOP = {"cli", "__main__", "__init__"}
 HEAVY = {"torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers"}

@@ -171,4 +171,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # the interpreter's own end aborts now and then with torch's threads, see `cli._leave`
+    os._exit(0)  # the interpreter's own end aborts now and then with torch's threads, see `endings._leave`
