@@ -160,7 +160,7 @@ def debug(
         int | None, typer.Option("--step", min=1, help="The data of this step, from 1 as in the log; the weights are --from's.")
     ] = None,
     start: Annotated[
-        str | None,
+        Path | None,
         typer.Option("--from", help="Begin with this checkpoint (a folder, or step_00000100 of the run) and at its step."),
     ] = None,
     replay: Annotated[
@@ -200,10 +200,15 @@ def debug(
     from ds_trainer.debug.asked import Asked, require_consistent
 
     asked = Asked(
-        steps=steps, show_rows=rows, world_size=world_size, rank=rank, step=step, nan_hooks=nan_hooks, anomaly=anomaly
+        steps=steps,
+        show_rows=rows,
+        world_size=world_size,
+        rank=rank,
+        step=step,
+        checkpoint=start,
+        nan_hooks=nan_hooks,
+        anomaly=anomaly,
     )
-    if start is not None:
-        asked = dataclasses.replace(asked, checkpoint=Path(start))
     require_consistent(asked, config=config, deepspeed=deepspeed, replay=replay)
     if pdb and listen is not None:
         raise RefusedError("--pdb with --listen: one debugger at a time. Leave one of them out.")
@@ -212,47 +217,11 @@ def debug(
         from ds_trainer.debug.listen import wait_for_ide
 
         wait_for_ide(listen, lambda line: print(f"ds_trainer: {line}", flush=True))
-    crash = None
-    if replay is not None:
-        from ds_trainer.debug.replay import read_crash, to_its_folder, write_settings
+    from ds_trainer.debug.begin import begin
 
-        replay = replay.absolute()
-        crash = read_crash(replay, step)
-        config = write_settings(replay)
-        checkpoint = asked.checkpoint.absolute() if asked.checkpoint else crash.checkpoint
-        to_its_folder(replay, lambda line: print(f"ds_trainer: {line}", flush=True))
-        asked = dataclasses.replace(asked, step=None, world_size=crash.world_size, checkpoint=checkpoint)
-    assert config is not None  # require_consistent
-    resolved = _resolve(config, deepspeed, overrides, sets, "never")
-    run = Path(resolved.settings.checkpoint.folder)
-    if asked.checkpoint and not asked.checkpoint.exists() and len(asked.checkpoint.parts) == 1:
-        asked = dataclasses.replace(asked, checkpoint=run / "checkpoints" / asked.checkpoint)
-
-    from ds_trainer import comm
-    from ds_trainer.debug.lower import lowered
-    from ds_trainer.debug.story import debug as story
-    from ds_trainer.monitor import logs
-    from ds_trainer.monitor.run_folder import RunFolder
-
-    folder = RunFolder(run / "debug", 0)
-    folder.create()
-    logs.quiet_loggers(folder.log)
-    console = logs.terminal()
-    changes = lowered(resolved, comm.device_of(0).type)
-    for each in changes:
-        console.print(str(each), markup=False)
-    sets = [*(sets or []), *(setting for each in changes for setting in each.settings)]
-    resolved = _resolve(config, deepspeed, overrides, sets, str(asked.checkpoint) if asked.checkpoint else "never")
+    settings = [*(overrides or []), *(sets or [])]
     try:
-        story(
-            resolved,
-            launch,
-            folder,
-            console,
-            asked,
-            crash=crash,
-            other_precision=any("train.precision" in setting for each in changes for setting in each.settings),
-        )
+        begin(asked, launch, config=config, deepspeed=deepspeed, settings=settings, replay=replay)
     except DsTrainerError as error:
         if pdb:
             print(f"ds_trainer: {error}", file=sys.stderr, flush=True)

@@ -82,6 +82,8 @@ def debug(
         require_same_data(crash, prepared.data.fingerprint)
     first = asked.step or weights.step + 1
     require_step(first, prepared.plan.max_steps)
+    if crash and first > crash.step:
+        raise ResumeError(f"--from {asked.checkpoint}: is of step {weights.step}, and step {crash.step} is to be replayed.")
     if prepared.data.stream and first <= weights.step:
         raise ResumeError(f"--step {first}: a stream is only read forward, and {asked.checkpoint} is at step {weights.step}.")
     last = crash.step if crash else min(first - 1 + (asked.steps or STEPS), prepared.plan.max_steps)
@@ -145,8 +147,9 @@ def debug(
         windows.close()
         engine.close()
     if crash:
+        what = f"step {crash.step}" if asked.rank is None else f"rank {asked.rank}'s share of step {crash.step}"
         say(
-            f"step {crash.step} ran here without a failure. In the run it ended with: {crash.reason}\n"
+            f"{what} ran here without a failure. In the run it ended with: {crash.reason}\n"
             "Data, weights and settings alone do not make it fail: look at the hosts, the memory and the network of that run."
         )
     done = f"{end - first + 1} steps ran in one process" if asked.rank is None else "one rank's share ran, without an update"
