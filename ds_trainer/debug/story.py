@@ -30,6 +30,7 @@ from ds_trainer.launch.detect import Launch
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder
+from ds_trainer.nonfinite import SHOWN
 from ds_trainer.out_of_memory import explained_memory
 from ds_trainer.protocols import MicroBatch, ModelBatch
 from ds_trainer.recovery import resume
@@ -286,8 +287,9 @@ def run_share(ranks: AsRanks, window: list[ModelBatch], rank: int, folder: RunFo
                 "samples": samples,
             }
         )
+        listed = f"; {', '.join(samples[:SHOWN])}{' ...' if len(samples) > SHOWN else ''}" if samples else ""
         say(
             f"step {step}, rank {rank}, micro-batch {micro_batch + 1}/{ranks.batch.gradient_accumulation_steps}: "
             f"{batch.num_tokens} tokens, {batch.num_targets} of the step's {num_targets} targets, loss {loss:.4f} "
-            f"({share:.4f} of the step's loss); {', '.join(samples[:8])}{' ...' if len(samples) > 8 else ''}"
+            f"({share:.4f} of the step's loss){listed}"
         )
