@@ -167,7 +167,8 @@ def resume(
     written, ours = found.manifest["run"], run_identity(prepared)
     rest, tolerance = found.manifest["engine"], PROBE_TOLERANCE
     if other_precision:
-        ours.pop("precision")
+        for name in ("precision", "fingerprint of the model's config"):  # which names the type of the weights
+            ours.pop(name)
         rest, tolerance = {**rest, "loss_scaler": None}, OTHER_PRECISION_TOLERANCE
     if differing := [name for name, value in ours.items() if written.get(name) != value]:
         told = "; ".join(f"it has {name} = {written.get(name)}, this run has {ours[name]}" for name in differing[:4])
