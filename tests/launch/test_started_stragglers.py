@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from forks import Command, run_all
-from helpers import TINY_LLAMA, metrics
+from helpers import ROOT, TINY_LLAMA, metrics
 
 pytestmark = pytest.mark.launch
 
@@ -33,6 +34,8 @@ def test_the_slow_rank_is_named_at_each_stage_and_in_what_it_is_slow(run_file, c
             deepspeed={"zero_optimization": zero},
         )
         commands[name] = Command([compute, data, "train", "--config", str(config)], ranks=2, script=UNEVEN)
+    rows = [line.split("|")[1] for line in (ROOT / "docs/monitoring.md").read_text().splitlines() if line.startswith("| `")]
+    documented = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
     shown = run_all(commands, tmp_path)
     for name, done in shown.items():
         assert done.codes == [0, 0], done.text
@@ -40,6 +43,8 @@ def test_the_slow_rank_is_named_at_each_stage_and_in_what_it_is_slow(run_file, c
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         named = {(each["rank"], each["what"]) for each in events if each["event"] == "straggler"}
         assert all(line["stragglers"] == [] for line in lines[:7]), "a few steps make no straggler"
+        fields = {*lines[-1], *(f"by_rank.{each}" for each in lines[-1]["by_rank"])} - {"by_rank"}
+        assert fields == documented, "docs/monitoring.md lists every field"
         for values in lines[-1]["by_rank"].values():
             assert len(values) == 2
         assert lines[-1]["step_seconds"] == pytest.approx(max(lines[-1]["by_rank"]["step_seconds"]), abs=1e-4)
