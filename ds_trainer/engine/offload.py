@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,11 +40,7 @@ def build_op(name: str, report: Callable[[str], None]) -> None:
     Raises:
         BuildError: a compiler or library is missing, or the compiler failed; with what to install.
     """
-    # ninja comes with DeepSpeed into the environment's bin folder, which is on PATH only when the environment is active.
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    builder = getattr(importlib.import_module("deepspeed.ops.op_builder"), _BUILDERS[name])()
+    builder = _builder(name)
     folder = _build_folder(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +73,25 @@ def build_op(name: str, report: Callable[[str], None]) -> None:
         ) from error
 
 
+def why_not(name: str) -> str | None:
+    """Why one of DeepSpeed's ops can be neither loaded nor compiled here; None when it can, as far as that can be seen."""
+    builder = _builder(name)
+    if not any(_build_folder(name).glob("*.so")):
+        try:
+            _require_tools(name, builder)
+        except BuildError as error:
+            return str(error)
+    return None
+
+
+def _builder(name: str) -> Any:
+    # ninja comes with DeepSpeed into the environment's bin folder, which is on PATH only when the environment is active.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    return getattr(importlib.import_module("deepspeed.ops.op_builder"), _BUILDERS[name])()
+
+
 def _build_folder(name: str) -> Path:
     from torch.utils.cpp_extension import _get_build_directory
 
@@ -104,13 +120,13 @@ def _someone_builds(folder: Path) -> bool:
     return False
 
 
-def _require_tools(name: str, builder: object) -> None:
+def _require_tools(name: str, builder: Any) -> None:
     compiler = os.environ.get("CXX", "c++")
     if not (shutil.which(compiler) or shutil.which("g++")):
         raise BuildError(f"DeepSpeed's op {name} needs a C++ compiler, and `{compiler}` was not found. {_advice(name)}")
     if not shutil.which("ninja"):
         raise BuildError(f"DeepSpeed's op {name} needs ninja, which was not found. Install it: pip install ninja")
-    if name == "async_io" and not builder.is_compatible(verbose=False):  # type: ignore[attr-defined]
+    if name == "async_io" and not builder.is_compatible(verbose=False):
         raise BuildError(f"offload to nvme needs libaio and its header, which were not found. {_advice(name)}")
 
 
