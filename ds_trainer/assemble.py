@@ -58,17 +58,17 @@ class Prepared:
     plan: loop.Plan
 
 
-def prepare(resolved: Resolved, launch: Launch, report: Report, *, keep_global: bool = False) -> Prepared:
+def prepare(resolved: Resolved, launch: Launch, report: Report, *, batch: BatchPlan | None = None) -> Prepared:
     """Do everything that needs no other rank: check the engine's settings, load the tokenizer, tokenise the data.
 
     Args:
         resolved: the settings in force.
         launch: this process's place in the job.
         report: takes a line for the user.
-        keep_global: solve the batch for one process with the global batch of many; see `solve_run_batch`.
+        batch: the solved batch arithmetic, where it is not that of this launch: `debug` is one process that stands for many.
     """
     settings = resolved.settings
-    batch = solve_run_batch(resolved, launch.world_size, keep_global=keep_global)
+    batch = batch or solve_run_batch(resolved, launch.world_size)
     device = comm.device_of(launch.local_rank)
     prepare_deepspeed(device, launch.local_world_size)
     if problems := validate_blocks(resolved.deepspeed):

@@ -41,6 +41,9 @@ _BEGUN = time.monotonic()
 _WAIT_FOR_SPEAKER_SECONDS = 5.0
 """Much longer than the starts of two ranks on one busy machine lie apart."""
 
+DEBUG_PORT = 5678
+"""Where `debug --listen` waits for an IDE; the port of debugpy's own examples."""
+
 app = typer.Typer(
     name="ds_trainer",
     no_args_is_help=True,
@@ -140,30 +143,85 @@ def train(
 
 @app.command()
 def debug(
-    config: Config,
+    config: Annotated[Path | None, typer.Option("--config", help="The run file (YAML).", show_default=False)] = None,
     overrides: Overrides = None,
     deepspeed: DeepSpeedJson = None,
     sets: Sets = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to run.")] = 3,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps to run; 3 if nothing is said.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show, decoded, with the trained tokens marked.")] = 2,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", min=1, help="As the run of so many ranks: their batch, their rows, their dropout."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=0, help="Only the rows of this rank, in one step; exact losses, no update.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="The data of this step, from 1 as in the log; the weights are --from's.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Begin with this checkpoint (a folder, or step_00000100 of the run) and at its step."),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", help="A run folder: run the step again at which the run failed. Takes the place of --config."),
+    ] = None,
+    nan_hooks: Annotated[
+        bool,
+        typer.Option("--nan-hooks/--no-nan-hooks", help="Stop where an output or a gradient is first not finite."),
+    ] = True,
+    anomaly: Annotated[
+        bool, typer.Option("--anomaly", help="Name the forward line whose backward pass makes a NaN; several times slower.")
+    ] = False,
+    listen: Annotated[
+        int | None,
+        typer.Option("--listen", min=1, max=65535, help="Wait for an IDE (debugpy) on 127.0.0.1 and this port, or 5678."),
+    ] = None,
     pdb: Annotated[bool, typer.Option("--pdb", help="Open the debugger where an exception was raised.")] = False,
 ) -> None:
-    """Run the first steps in this one process, without a launcher: for breakpoints in any line, or a quick look.
+    """Run steps of a run in this one process, without a launcher: for breakpoints in any line, or a quick look.
 
-    The engine is the same: real DeepSpeed, the configured ZeRO stage and offload. Nothing is saved.
+    The engine is the same: real DeepSpeed, the configured ZeRO stage and offload. Nothing is saved. Rows are shown as the model
+    sees them, each document with the path and line of its sample.
+
+    What rank 5 of 8 sees at step 312, and with the weights of that step:
+
+      ds_trainer debug --config run.yaml --world-size 8 --rank 5 --step 312
+
+      ds_trainer debug --config run.yaml --from step_00000311 --rank 5
+
+    What a crashed run died of; and a breakpoint in an IDE:
+
+      ds_trainer debug --replay out/my-run
+
+      ds_trainer debug --config run.yaml --listen
     """
+    from ds_trainer.debug.asked import Asked, require_consistent
+
+    asked = Asked(
+        steps=steps,
+        show_rows=rows,
+        world_size=world_size,
+        rank=rank,
+        step=step,
+        checkpoint=start,
+        nan_hooks=nan_hooks,
+        anomaly=anomaly,
+    )
+    require_consistent(asked, config=config, deepspeed=deepspeed, replay=replay)
+    if pdb and listen is not None:
+        raise RefusedError("--pdb with --listen: one debugger at a time. Leave one of them out.")
     launch = _single_process()
-    resolved = _resolve(config, deepspeed, overrides, sets, "never")
+    if listen is not None:
+        from ds_trainer.debug.listen import wait_for_ide
 
-    from ds_trainer.debug import debug
-    from ds_trainer.monitor import logs
-    from ds_trainer.monitor.run_folder import RunFolder
+        wait_for_ide(listen, lambda line: print(f"ds_trainer: {line}", flush=True))
+    from ds_trainer.debug.begin import begin
 
-    folder = RunFolder(Path(resolved.settings.checkpoint.folder) / "debug", 0)
-    folder.create()
-    logs.quiet_loggers(folder.log)
+    settings = [*(overrides or []), *(sets or [])]
     try:
-        debug(resolved, launch, folder, logs.terminal(), steps=steps, show_rows=rows)
+        begin(asked, launch, config=config, deepspeed=deepspeed, settings=settings, replay=replay)
     except DsTrainerError as error:
         if pdb:
             print(f"ds_trainer: {error}", file=sys.stderr, flush=True)
@@ -418,8 +476,8 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: typer's way to end a command; with code 2 when it does not understand the command line.
     """
-    words = sys.argv[1:] if argv is None else argv
-    words = [word for word in words if not re.match(r"--local[_-]rank=", word)]
+    argv = _with_port(sys.argv[1:] if argv is None else argv)
+    words = [word for word in argv if not re.match(r"--local[_-]rank=", word)]
     if words and words[0].startswith("--") and words[0] not in ("--help", "--version", "--local_rank", "--local-rank"):
         print(f"ds_trainer: a subcommand comes first: ds_trainer train {' '.join(words)}", file=sys.stderr)
         return EXIT_REFUSED
@@ -430,6 +488,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"ds_trainer: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return EXIT_DONE
+
+
+def _with_port(words: list[str]) -> list[str]:
+    """The command line with a port after `--listen`: typer knows no option whose value may be left out."""
+    after = [*words[1:], ""]
+    return [
+        f"{word}={DEBUG_PORT}" if word == "--listen" and not after[index].isdigit() else word
+        for index, word in enumerate(words)
+    ]
 
 
 def _speaks_up(error: DsTrainerError) -> bool:

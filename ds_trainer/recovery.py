@@ -33,6 +33,8 @@ _WHY_PART = {
 """Why a setting that differs is part of what a checkpoint continues, where that may surprise."""
 PROBE_TOLERANCE = 1e-3
 """How far a resumed engine's loss on them may be from the saved one, relative to it; on the same machine it is equal."""
+OTHER_PRECISION_TOLERANCE = 5e-2
+"""The same where the engine computes in another precision."""
 
 
 class Saving:
@@ -135,8 +137,17 @@ class Saving:
                 )
 
 
-def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report) -> TrainState:
+def resume(
+    prepared: Prepared, engine: Engine, folder: RunFolder, report: Report, *, other_precision: bool = False
+) -> TrainState:
     """Continue from the checkpoint that the settings name, or start anew. Collective.
+
+    Args:
+        prepared: what is decided of the run.
+        engine: before its first step.
+        folder: the run folder.
+        report: takes a line for the user.
+        other_precision: `debug` computes in another one than the run, on a machine that lacks it.
 
     Raises:
         ResumeError: the checkpoint belongs to another kind of run.
@@ -154,6 +165,11 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
             folder.event("started_anew")
         return TrainState()
     written, ours = found.manifest["run"], run_identity(prepared)
+    rest, tolerance = found.manifest["engine"], PROBE_TOLERANCE
+    if other_precision:
+        for name in ("precision", "fingerprint of the model's config"):  # which names the type of the weights
+            ours.pop(name)
+        rest, tolerance = {**rest, "loss_scaler": None}, OTHER_PRECISION_TOLERANCE
     if differing := [name for name, value in ours.items() if written.get(name) != value]:
         told = "; ".join(f"it has {name} = {written.get(name)}, this run has {ours[name]}" for name in differing[:4])
         hint = next((_WHY_PART[name] for name in differing if name in _WHY_PART), "")
@@ -161,11 +177,11 @@ def resume(prepared: Prepared, engine: Engine, folder: RunFolder, report: Report
             f"{found.path} cannot be continued: {told}. Start with the settings it was saved with, or start anew with "
             f"--resume never.{hint}"
         )
-    engine.restore(found.slices().read, found.manifest["engine"])
+    engine.restore(found.slices().read, rest)
     state = TrainState.from_json(found.manifest["state"])
     probe = found.manifest["probe"]
     loss, _ = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])
-    if not abs(loss - probe["loss"]) <= PROBE_TOLERANCE * abs(probe["loss"]):
+    if not abs(loss - probe["loss"]) <= tolerance * abs(probe["loss"]):
         raise ResumeError(
             f"{found.path} was loaded, but the model computes a loss of {loss:.6f} where {probe['loss']:.6f} was saved with "
             "it. Were the base model or the held-out data changed? Start anew with --resume never."

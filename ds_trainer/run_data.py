@@ -201,6 +201,24 @@ def samples_of_micro_batch(
 ) -> list[str]:
     """What one micro-batch of a rank is made of, as path:line of each sample; empty for a stream, which has no order.
 
+    The arguments are those of `samples_of_rows`.
+    """
+    share = {"rank": rank, "data_parallel_size": data_parallel_size}
+    return [each for row in samples_of_rows(rows_consumed, micro_batch, data, batch, plan, **share) for each in row]
+
+
+def samples_of_rows(
+    rows_consumed: int,
+    micro_batch: int,
+    data: RunData,
+    batch: BatchPlan,
+    plan: Plan,
+    *,
+    rank: int,
+    data_parallel_size: int,
+) -> list[list[str]]:
+    """The same row by row, in the order of the row; a row beyond the end of the run has none.
+
     Args:
         rows_consumed: rows the whole job had consumed before the step.
         micro_batch: its place in the rank's window, from 0.
@@ -220,9 +238,11 @@ def samples_of_micro_batch(
         data_parallel_size=data_parallel_size,
     )
     order = order_of(data.rows, plan)
-    rows = [row for position in positions[micro_batch] if (row := order.row_at(position)) is not None]
-    samples = [sample for row in rows for sample in data.rows.samples(row)]
-    return [f"{where(store.meta['files_read'], document)}:{store.line(document)}" for store, document in samples]
+    rows = [order.row_at(position) for position in positions[micro_batch]]
+    samples = [[] if row is None else data.rows.samples(row) for row in rows]
+    return [
+        [f"{where(store.meta['files_read'], document)}:{store.line(document)}" for store, document in each] for each in samples
+    ]
 
 
 def read_windows(

@@ -96,6 +96,7 @@ def train(
             device=prepared.device,
             write_events=engine.write_events,
             data_waits=lambda: windows.waited_seconds,
+            own_seconds=engine.own_seconds,
         )
         saving = Saving(prepared, engine, folder, recorder, windows)
         first_step = state.step
@@ -143,7 +144,9 @@ def write_down(prepared: Prepared, folder: RunFolder) -> None:
         "environment.json",
         environment({"launcher": prepared.launch.launcher, "world_size": prepared.launch.world_size}),
     )
-    folder.event("started", launcher=prepared.launch.launcher, world_size=prepared.launch.world_size)
+    folder.event(
+        "started", launcher=prepared.launch.launcher, world_size=prepared.launch.world_size, data=prepared.data.fingerprint
+    )
 
 
 def evaluate_and_save(prepared: Prepared, engine: Engine, recorder: Recorder, saving: Saving, state: TrainState) -> None:

@@ -84,50 +84,47 @@ def build_op(name: str, report: Callable[[str], None]) -> None:
         ) from error
 
 
+def why_not(name: str) -> str | None:
+    """Why one of DeepSpeed's ops can be neither loaded nor compiled here; None when it can, as far as that can be seen."""
+    builder = _builder(name)
+    if not any(_build_folder(name).glob("*.so")):
+        try:
+            _require_tools(name, builder)
+        except BuildError as error:
+            return str(error)
+    return None
+
+
 def examine_op(name: str) -> dict[str, Any]:
     """What this host has of an op, as JSON: whether it is built, what a build would lack, and a lock in its way."""
-    builder = _builder(name)
     folder = _build_folder(name)
-    try:
-        _require_tools(name, builder)
-        lacks = None
-    except BuildError as error:
-        lacks = str(error)
+    on_gpu = name in _FOR_GPU and torch.version.cuda is not None
     return {
         "op": name,
         "folder": str(folder),
         "built": any(folder.glob("*.so")),
-        "lacks": lacks,
+        "lacks": why_not(name),
         "stale_lock_seconds": _age_of_stale_lock(folder / "lock"),
-        "compiler": _version_of(_compiler(), "--version"),
-        "nvcc": _cuda_of_nvcc() if name in _FOR_GPU and torch.version.cuda else None,
-        "torch_cuda": torch.version.cuda if name in _FOR_GPU else None,
+        "compiler": next(iter(_output_of(os.environ.get("CXX") or "c++", "--version").splitlines()), None),
+        "nvcc": _cuda_of_nvcc() if on_gpu else None,
+        "torch_cuda": torch.version.cuda if on_gpu else None,
     }
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX") or shutil.which("c++") or "g++"
-
-
-def _version_of(*command: str) -> str | None:
-    """The first line that a program prints; None when it cannot be started."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(done.stdout.splitlines()), None)
 
 
 def _cuda_of_nvcc() -> str | None:
     """Version of the CUDA toolkit that would build an op, such as 12.8; None when there is none."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    try:
-        done = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    found = re.search(r"release (\d+\.\d+)", _output_of(f"{CUDA_HOME}/bin/nvcc", "--version"))
     return found[1] if found else None
+
+
+def _output_of(*command: str) -> str:
+    """What a program prints; nothing when it cannot be started."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _builder(name: str) -> Any:

@@ -6,6 +6,7 @@ What is DeepSpeed's way of doing things ends here: its scaling by accumulation s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_trainer.engine import state
+from ds_trainer.engine.pace import Pace
 from ds_trainer.protocols import ModelBatch
 
 Objective = Callable[[Callable[..., Tensor], ModelBatch], Tensor]
@@ -42,6 +44,8 @@ class Engine:
         self._engine = deepspeed_engine
         self._objective = objective
         self._boundary = False
+        self._begins = True
+        self._pace = Pace(deepspeed_engine.module, deepspeed_engine.device)
         self._copies: dict[tuple[int, str], Tensor] = {}
         self.data_parallel_size: int = deepspeed_engine.dp_world_size
         self.device: torch.device = deepspeed_engine.device
@@ -70,7 +74,9 @@ class Engine:
         Returns:
             This micro-batch's share of the loss of the step: a scalar on the device. Nothing waits for the device.
         """
-        nll_sum = self._objective(self._engine, batch)
+        with self._pace.measured() if self._begins else nullcontext():
+            nll_sum = self._objective(self._engine, batch)
+        self._begins = False
         # 0 for a finite loss, NaN for any other: then all gradients are NaN, and DeepSpeed's own check before the update covers
         # the loss too, on all ranks and without another wait for the device.
         spoiled = 0.0 * nll_sum.detach()
@@ -88,6 +94,7 @@ class Engine:
         at each stage.
         """
         assert self._boundary, "a window must have gradient_accumulation_steps micro-batches"
+        self._begins = True
         learning_rate = float(self._engine.get_lr()[0])
         scaler = getattr(self._engine.optimizer, "loss_scaler", None) if self._engine.fp16_enabled() else None
         seeks = scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
@@ -111,6 +118,10 @@ class Engine:
     def train_mode(self, on: bool) -> None:
         """Switch dropout and the like on for training, off for evaluation."""
         self._engine.train(on)
+
+    def own_seconds(self) -> list[float]:
+        """What this rank itself computed in the forward of each step since the last call; see `engine.pace`."""
+        return self._pace.lap()
 
     def snapshot(self, *, copy: bool) -> tuple[dict[tuple[str, str, int], Tensor], dict[str, Any]]:
         """This rank's part of the training state, between two steps; see `engine.state`.

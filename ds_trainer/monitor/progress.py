@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,8 +46,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def line(self, step: int, fields: dict[str, Any], seconds_left: float) -> None:
-        """Show the numbers of a log step."""
+    def line(self, step: int, fields: dict[str, Any], seconds_left: float, slow: Sequence[str] = ()) -> None:
+        """Show the numbers of a log step, and which ranks hold the others up."""
         if self.console is None:
             return
         norm = "" if fields["grad_norm"] is None else f"  grad norm {fields['grad_norm']:.3f}"
@@ -56,11 +56,12 @@ class Progress:
         skipped = f"  {fields['skipped_steps']} steps skipped" if fields["skipped_steps"] else ""
         waits = fields["data_wait_fraction"]
         waiting = f"  {waits:.0%} waiting for data" if waits >= 0.02 else ""
+        held_up = f"  SLOW: {'; '.join(slow)}" if slow else ""
         left = f"{clock(seconds_left)} left"
         self.console.print(
             f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {fields['loss']:.4f}  "
             f"lr {fields['learning_rate']:.2e}{norm}  {quantity(fields['tokens_per_second'])} tok/s  {seconds} s/step  "
-            f"{fields['peak_memory_gib']:.1f} GiB  {left}{skipped}{waiting}",
+            f"{fields['peak_memory_gib']:.1f} GiB  {left}{skipped}{waiting}{held_up}",
             markup=False,
         )
         if self._bar is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+from collections import deque
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -11,8 +14,11 @@ from torch import Tensor
 from ds_trainer import comm
 from ds_trainer.monitor.metrics import perplexity, remaining_seconds
 from ds_trainer.monitor.progress import Progress
+from ds_trainer.monitor.ranks import RankPace, by_rank, find_stragglers
 from ds_trainer.monitor.run_folder import RunFolder, Stopwatch, peak_memory_gib
 
+FEWEST_STEPS = 8
+"""Steps over which a rank must be slow before it is called a straggler."""
 Events = list[tuple[str, float, int]]
 
 
@@ -29,6 +35,7 @@ class Recorder:
         device: torch.device,
         write_events: Callable[[Events], None],
         data_waits: Callable[[], float],
+        own_seconds: Callable[[], list[float]],
     ) -> None:
         self.folder = folder
         self.progress = progress
@@ -37,7 +44,12 @@ class Recorder:
         self.device = device
         self.write_events = write_events
         self.data_waits = data_waits
+        self.own_seconds = own_seconds
         self._waited = 0.0
+        # Of more steps than one, also where every step is logged: one slow step makes no straggler.
+        self._waits: deque[float] = deque(maxlen=max(every_steps, FEWEST_STEPS))
+        self._forwards: deque[float] = deque(maxlen=max(every_steps, FEWEST_STEPS))
+        self._named: set[tuple[int, str]] = set()
         self._stall = 0.0
         self.last_loss: float | None = None
         self.skipped = 0
@@ -59,6 +71,9 @@ class Recorder:
             num_targets: targets over all ranks, on the device.
             outcome: what the engine's `end_step` returned.
         """
+        waited = self.data_waits()
+        self._waits.append(waited - self._waited)
+        self._waited = waited
         self._losses.append(loss)
         self._tokens[0] += num_tokens
         self._tokens[1] += num_targets / comm.world_size()
@@ -81,10 +96,19 @@ class Recorder:
         *losses, tokens, targets = sums
         # After the collective, so that it holds the wait for the device and for slower ranks too.
         seconds = self._watch.lap()
-        waited = self.data_waits() - self._waited
-        self._waited += waited
-        of_ranks = comm.gather_objects((seconds, waited))
-        per_step = [own / len(losses) for own, _ in of_ranks]
+        self._forwards.extend(self.own_seconds())
+        steps = len(losses)
+        own = RankPace(
+            host=socket.gethostname(),
+            step_seconds=seconds / steps,
+            data_wait_seconds=sum(list(self._waits)[-steps:]) / steps,
+            usual_data_wait_seconds=median(self._waits),
+            usual_forward_seconds=median(self._forwards) if self._forwards else 0.0,
+            peak_memory_gib=peak_memory_gib(self.device.type),
+        )
+        ranks = comm.gather_objects(own, comm.HOST)
+        per_step = [each.step_seconds for each in ranks]
+        stragglers = find_stragglers(ranks) if comm.rank() == 0 and len(self._waits) >= FEWEST_STEPS else []
         self.last_loss = losses[-1]
         grad_norm = outcome.grad_norm
         fields: dict[str, Any] = {
@@ -97,15 +121,21 @@ class Recorder:
             "targets_per_second": targets / seconds,
             "step_seconds": max(per_step),
             "step_seconds_fastest_rank": min(per_step),
-            "data_wait_fraction": max(waited / own for own, waited in of_ranks),
-            "peak_memory_gib": max(comm.gather_objects(peak_memory_gib(self.device.type))),
+            "data_wait_fraction": max(each.data_wait_seconds / each.step_seconds for each in ranks),
+            "peak_memory_gib": max(each.peak_memory_gib for each in ranks),
             "loss_scale": outcome.loss_scale,
             "skipped_steps": self.skipped,
+            "by_rank": by_rank(ranks),
+            "stragglers": [each.as_fields() for each in stragglers],
         }
         if comm.rank() == 0:
             self.folder.metric(fields)
+            for each in stragglers:
+                if (each.rank, each.what) not in self._named:
+                    self.folder.event("straggler", step=step, **each.as_fields())
+            self._named = {(each.rank, each.what) for each in stragglers}
             left = remaining_seconds(self.max_steps - step, max(per_step))
-            self.progress.line(step, fields, left)
+            self.progress.line(step, fields, left, slow=[str(each) for each in stragglers])
             names = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
             self.write_events([(f"train/{name}", fields[name], step) for name in names if fields[name] is not None])
         self._reset()

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ds_trainer import __version__
+from ds_trainer import __version__, whereabouts
 from ds_trainer.errors import CheckpointError, HangError, RefusedError
 
 
@@ -177,7 +177,8 @@ class RunFolder:
             step: of the newest checkpoint; None when there is none.
             command: what continues the run from there; None when something has to be mended first.
         """
-        fields = {"code": code, "reason": reason, "step": step}
+        # Who tells it, and on which step that rank worked: what `debug --replay` goes by.
+        fields = {"code": code, "reason": reason, "step": step, "rank": self.rank, "at_step": whereabouts.now.step}
         with contextlib.suppress(CheckpointError):  # the disk is full; the reason is on the terminal
             self.write_json("exit.json", {"time": now(), **fields, "continue": command})
             self.event("ended", **fields)
@@ -208,6 +209,7 @@ def environment(extra: dict[str, Any]) -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda,
         "argv": sys.argv,
+        "folder": os.getcwd(),
         **extra,
     }
 

@@ -33,6 +33,8 @@ class Command:
     script: str = ""
     """A Python file that takes the place of ds_trainer."""
     kill: Kill | None = None
+    folder: str = ""
+    """Where it is run; by default where the commands are."""
 
 
 @dataclass

@@ -5,7 +5,7 @@
 
 A command is {"arguments": [...], "ranks": 2, "environment": {...}}; its result is what the terminal showed and the exit
 codes of its ranks. With more than one rank, they find torchrun's variables, and share a terminal as under torchrun.
-With "script" the arguments are those of that Python file. With "kill", some ranks get a SIGKILL:
+With "script" the arguments are those of that Python file; "folder" is where it is run. With "kill", some ranks get a SIGKILL:
 {"ranks": [0], "when": "saved", "after": 0.5} is half a second after the terminal showed that word.
 """
 
@@ -34,13 +34,14 @@ def torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     return one_node | places | sizes | meeting
 
 
-def start(arguments: list[str], environment: dict[str, str], terminal: Path, script: str = "") -> int:
+def start(arguments: list[str], environment: dict[str, str], terminal: Path, script: str = "", folder: str = "") -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         os.environ.update(environment)
+        os.chdir(folder or ".")
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for target in (1, 2):
             os.dup2(os.open(terminal, os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
@@ -76,7 +77,8 @@ def run(command: dict, terminal: Path) -> dict:
     for rank in range(ranks):
         variables = torchrun_variables(rank, ranks, port) if ranks > 1 or command["arguments"][0] == "train" else {}
         variables |= command.get("environment", {})
-        running[start(command["arguments"], variables, terminal, command.get("script", ""))] = rank
+        where = command.get("script", ""), command.get("folder", "")
+        running[start(command["arguments"], variables, terminal, *where)] = rank
     codes: dict[int, int] = {}
     failed = 0.0
     kill = command.get("kill")
@@ -118,7 +120,7 @@ if __name__ == "__main__":
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-    import ds_trainer.debug
+    import ds_trainer.debug.story
     import ds_trainer.export
     import ds_trainer.train  # noqa: F401
 
