@@ -26,7 +26,7 @@ CLOCK_WARN_SECONDS, CLOCK_FAIL_SECONDS = 1.0, 300.0
 """Above the first, logs cannot be read side by side; above the second, Kerberos and signed requests are refused."""
 SHM_BYTES = 1 << 30
 """What NCCL's guide gives a container (--shm-size=1g).
-Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html, "Shared memory"."""
+Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting/runtime_and_mpi_issues.html"""
 SLOW_FACTOR = 1.5
 """A rank that computes so much longer than the one in the middle holds all others up."""
 AWKWARD = r"[^\w@%+=:,./-]"
@@ -342,7 +342,7 @@ def shm(evidence: Evidence) -> Iterator[Finding]:
         found = "there is no /dev/shm"
         if space is not None:
             found = f"/dev/shm has {in_words(space['free'])} free of {in_words(space['size'])}"
-        rule = "NCCL moves data between the GPUs of a host through it, and fails with `No space left on device` or a bus error"
+        rule = "NCCL moves data between the GPUs of a host through it, and fails with `failed to extend /dev/shm/nccl-...`"
         fix = "mount -o remount,size=16g /dev/shm (for a container: --shm-size=16g), and remove what lies there"
         yield _say("fail" if facts["torch"].get("devices") and host.slots > 1 else "warn", host, found, rule, fix)
 
