@@ -14,6 +14,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from ds_trainer.meeting import meet
 
 T = TypeVar("T")
 
@@ -42,12 +46,18 @@ def process_group(device: torch.device, *, rank: int, world_size: int, timeout_s
     """Start the process group, from MASTER_ADDR and MASTER_PORT, and end it. Collective.
 
     After an error the group is left as it is: ending it would wait for ranks that may be gone.
+
+    Raises:
+        HangError: not all ranks came in time.
     """
     limit = datetime.timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store, *_ = next(iter(rendezvous("env://", rank, world_size, timeout=limit)))
+    name = meet(PrefixStore("ds_trainer", store), rank, world_size, timeout_seconds)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(name, store),
         rank=rank,
         world_size=world_size,
         timeout=limit,

@@ -75,7 +75,7 @@ def run_in_folder(
     console = logs.terminal()
     if launch.rank == 0:
         folder.lock()
-        folder.clear_errors()
+        folder.forget_last_end()
     logs.to_log_file(folder.log)
     command = continue_command(resolved, launch, commands, parents.command())
 

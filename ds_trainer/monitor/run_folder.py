@@ -135,9 +135,12 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"{self.path / name} could not be written ({error.strerror}).") from None
 
-    def clear_errors(self) -> None:
-        """Forget the errors of an earlier start. Rank zero's business, before the ranks meet."""
-        for path in (self.path / "errors").glob("*.txt"):
+    def forget_last_end(self) -> None:
+        """Forget how an earlier start ended, its errors and exit code. Rank zero's business, before the ranks meet.
+
+        A start that is then killed leaves no exit.json, so that nobody takes the code of an earlier one for its own.
+        """
+        for path in (*(self.path / "errors").glob("*.txt"), self.path / "exit.json"):
             path.unlink(missing_ok=True)
 
     def record_error(self, error: BaseException) -> bool:

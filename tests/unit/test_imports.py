@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ds_trainer"
-PLAIN = {"arguments", "launch", "errors", "faults", "whereabouts"}
+PLAIN = {"arguments", "launch", "errors", "faults", "meeting", "whereabouts"}
 GROUND = {"comm", "nonfinite", "protocols", "state"}
 PARTS = {"engine", "data", "model", "objectives", "checkpoint", "monitor"}
 LOOP = {"loop"}

@@ -27,7 +27,7 @@ def test_hosts_come_in_the_order_of_their_lines(tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_the_shipped_hostfiles_are_read(path):
-    assert all(host.slots == 8 for host in read_hostfile(path))
+    assert [host.slots for host in read_hostfile(path)] in ([8], [8, 8], [8, 4])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_the_first_failing_rank_is_marked_once(tmp_path):
     assert (tmp_path / "errors/first_failure.txt").read_text() == "rank_00003.txt\n"
     assert "ValueError: bad" in (tmp_path / "errors/rank_00003.txt").read_text()
     assert (tmp_path / "errors/rank_00001.txt").exists()
-    second.clear_errors()
+    second.forget_last_end()
     assert list((tmp_path / "errors").iterdir()) == []
 
 
