@@ -87,13 +87,13 @@ def run_in_folder(
 
     def end_at_once(reason: int) -> None:
         if code is not None:  # all is said; what still hangs is a tracker that sends the last of what it holds
-            os._exit(code)
+            os._exit(_for_launcher(code, launch))
         if reason == RANK_GONE:
             end_with(TrainingError(_LEFT_ALONE))
         stopped = Stopped(reason, nothing_lost=not requests.training)
         if launch.rank and not _ranks_have_met():
             # The folder may be another start's, and rank zero refused for that: nothing is written into it.
-            os._exit(stopped.exit_code)
+            os._exit(_for_launcher(stopped.exit_code, launch))
         end_with(stopped)
 
     limit = resolved.settings.train.max_seconds
@@ -117,7 +117,7 @@ def run_in_folder(
         folder.finish(ending, reason, step=step, command=command)
         console.print(f"ds_trainer: {reason}. {_onwards(step)} with: {command}" if stopped else last_word, markup=False)
     code = ending
-    _leave(code)
+    _leave(_for_launcher(code, launch))
 
 
 def _why_stopped(reason: int, limit: int | None) -> str:
@@ -197,7 +197,12 @@ def _account_for(error: BaseException, folder: RunFolder, launch: Launch, consol
     console.show_cursor()  # a progress bar hides it
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(_for_launcher(code, launch))
+
+
+def _for_launcher(code: int, launch: Launch) -> int:
+    """The code to leave with: a launcher that restarts what fails must not restart what was asked to stop."""
+    return EXIT_DONE if code == EXIT_PREEMPTED and launch.restarts else code
 
 
 def _leave(code: int) -> NoReturn:

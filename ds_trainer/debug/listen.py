@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 
 from ds_trainer.errors import RefusedError
@@ -17,6 +18,7 @@ def wait_for_ide(port: int, report: Callable[[str], None]) -> None:
     Raises:
         RefusedError: debugpy is not installed, or the port is taken.
     """
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # four lines about the interpreter's own frozen modules
     try:
         debugpy = importlib.import_module("debugpy")
     except ModuleNotFoundError:

@@ -27,24 +27,23 @@ class Pace:
         self._event: Any = None
         if device.type == "cuda":
             self._event = lambda: torch.cuda.Event(enable_timing=True)
-        self._on = False
         self._spans: list[list[tuple[Any, Any]]] = []
         self._begun: Any = None
         leaves = [each for each in model.modules() if not list(each.children()) and list(each.parameters(recurse=False))]
         leaves.sort(key=lambda each: sum(getattr(own, "ds_numel", own.numel()) for own in each.parameters()), reverse=True)
-        for leaf in leaves[:MEASURED_MODULES]:
-            leaf.register_forward_pre_hook(self._begin)
-            leaf.register_forward_hook(self._end, prepend=True)
+        self._leaves = leaves[:MEASURED_MODULES]
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """One forward of a step."""
-        self._on = True
+        """One forward of a step. The hooks are there for it only: all other forwards cost nothing."""
         self._spans.append([])
+        hooks = [leaf.register_forward_pre_hook(self._begin) for leaf in self._leaves]
+        hooks += [leaf.register_forward_hook(self._end, prepend=True) for leaf in self._leaves]
         try:
             yield
         finally:
-            self._on = False
+            for hook in hooks:
+                hook.remove()
 
     def lap(self) -> list[float]:
         """Seconds of each forward since the last call. On a GPU the device must have been waited for."""
@@ -61,9 +60,7 @@ class Pace:
         return event
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        if self._on:
-            self._begun = self._now()
+        self._begun = self._now()
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._on:
-            self._spans[-1].append((self._begun, self._now()))
+        self._spans[-1].append((self._begun, self._now()))

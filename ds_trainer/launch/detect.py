@@ -85,6 +85,8 @@ class Launch:
     """Host name or address where the processes meet."""
     master_port: int
     """TCP port there, 1 to 65535."""
+    restarts: bool = False
+    """Whether the launcher starts all ranks again when one leaves with an error: `torchrun --max-restarts`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +132,7 @@ def detect_launch(environ: Mapping[str, str], *, commands: Commands = DEFAULT_CO
         node_count=node_count,
         master_addr=variables["MASTER_ADDR"],
         master_port=int(variables["MASTER_PORT"]),
+        restarts=variables.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0",
     )
 
 

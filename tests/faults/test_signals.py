@@ -79,10 +79,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(run_file, tmp_path, straight, launche
 
 def test_the_time_of_rank_zero_is_up_for_all_like_after_a_signal(run_file, tmp_path):
     config = run_file("run", train={"max_steps": 100_000, "max_seconds": 1})
-    done = run_command(launched("torchrun", "train", "--config", str(config)), cwd=tmp_path)
+    torchrun, *command = launched("torchrun", "train", "--config", str(config))
+    done = run_command([torchrun, "--max-restarts", "2", *command], cwd=tmp_path)
+    assert done.code == 0, "torchrun would start again what leaves with another code"
     ended = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert (ended["code"], ended["reason"], ended["step"]) == (75, "train.max_seconds = 1 is over", None)
     assert done.text.count("train.max_seconds = 1 is over. There is no checkpoint yet: the run starts anew with") == 1
+    assert ended["continue"] == f"torchrun --max-restarts 2 --nproc-per-node 2 -m ds_trainer train --config {config}"
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -161,3 +161,17 @@ def test_a_run_for_64_gpus_with_nvme_shows_what_rank_37_sees(forks, run_file, tm
     refused = forks.run(Command([*begin, "--world-size", "63"]))
     assert refused.codes == [2]
     assert "train.global_batch_size = 64 is not a multiple of micro_batch_size 1 x 63 ranks = 63. Use 63 or 126" in refused.text
+
+
+def test_a_checkpoint_goes_on_in_fp32_where_the_device_lacks_its_precision(forks, run_file, tmp_path):
+    config = run_file("run", train={"precision": "bf16", "max_steps": 3}, checkpoint={"every_steps": 2, "keep_last": 2})
+    done = forks.run(Command(["train", "--config", str(config)]))
+    assert done.codes == [0], done.text
+    begin = ["bf16", "debug", "--config", str(config), "--from", "step_00000002", "--rows", "0"]
+    done = forks.run(Command(begin, script=str(WORKERS / "lacking.py")))
+    assert done.codes == [0], done.text
+    assert "LOWERED for this machine: train.precision=fp32, since it does not compute in bf16; losses agree" in done.text
+    assert "engine: ZeRO-2, fp32" in done.text
+    [of_debug], of_run = metrics(tmp_path / "run/debug"), metrics(tmp_path / "run")[2]
+    assert of_debug["loss"] == pytest.approx(of_run["loss"], rel=2e-2)
+    assert of_debug["loss"] != of_run["loss"]

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import time
@@ -97,7 +98,8 @@ def test_both_launchers_and_debug_train_the_same_and_leave_a_whole_run_folder(ru
     assert events == ["started_anew", "started", "saved", "saved", "ended"]
     ended = json.loads((tmp_path / "three" / "exit.json").read_text())
     assert (ended["code"], ended["step"], ended["reason"]) == (0, 4, "done")
-    assert ended["continue"].startswith("deepspeed --num_gpus 2 --module ds_trainer train --config two.yaml")
+    again = ["deepspeed", "--num_gpus", "2", *port, "--module", "ds_trainer", *three_arguments]
+    assert shlex.split(ended["continue"]) == again, "as it was typed"
     assert "--local_rank" not in ended["continue"]
 
 

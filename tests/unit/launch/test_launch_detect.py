@@ -115,6 +115,11 @@ def test_launch_says_where_the_process_sits(launcher):
     )
 
 
+@pytest.mark.parametrize(("said", "restarts"), [("0", False), ("3", True)])
+def test_torchrun_says_whether_it_starts_ranks_again(said, restarts):
+    assert detect_launch({**LAUNCHED["torchrun"], "TORCHELASTIC_MAX_RESTARTS": said}).restarts is restarts
+
+
 @pytest.mark.parametrize("launcher", LAUNCHED)
 @pytest.mark.parametrize(
     "surroundings",
