@@ -62,9 +62,9 @@ def test_the_guide_works_as_it_is_written(make_hosts, tmp_path):
     [doctor] = [text for line, text in shown.items() if line.startswith("ds_trainer doctor")]
     [chosen] = [text for line, text in shown.items() if line.startswith("ds_trainer launch-command")]
     assert any(line.startswith("FIT: 2 hosts with 2 slots") for line in doctor.splitlines()), doctor
-    command = "deepspeed --hostfile out/hosts --module ds_trainer train --config examples/quickstart_pretrain.yaml"
-    assert f"{command} checkpoint.folder=out/guide" in chosen.splitlines()
-    run = checkout / "out" / "guide"
+    command = "deepspeed --hostfile out/hosts --module ds_trainer train --config examples/two_nodes.yaml"
+    assert command in chosen.splitlines()
+    run = checkout / "out" / "two-nodes"
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     starts = [(event["launcher"], event["world_size"]) for event in events if event["event"] == "started"]
     assert starts == [("torchrun", 1), ("torchrun", 2), ("deepspeed", 2), ("torchrun", 2)]
