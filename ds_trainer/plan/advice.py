@@ -1,0 +1,139 @@
+"""What may be changed so that a run needs less memory, the cheapest first. Pure: `story` checks each one by planning it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ds_trainer.arguments.batch import BatchPlan
+from ds_trainer.arguments.merge import Resolved
+from ds_trainer.plan.cluster import Cluster
+from ds_trainer.plan.holding import Holding
+
+_ZERO = "deepspeed.zero_optimization."
+NVME = "out/nvme"
+
+STAGES_AND_OFFLOADS: dict[str, tuple[str, ...]] = {
+    f"ZeRO-{stage}{words}": (
+        f"{_ZERO}stage={stage}",
+        f"{_ZERO}offload_optimizer={optimizer}",
+        *([f"{_ZERO}offload_param={weights}"] if stage == 3 else []),
+    )
+    for stage, words, optimizer, weights in (
+        (1, "", "null", "null"),
+        (1, ", optimizer on cpu", "{device: cpu}", "null"),
+        (2, "", "null", "null"),
+        (2, ", optimizer on cpu", "{device: cpu}", "null"),
+        (3, "", "null", "null"),
+        (3, ", optimizer on cpu", "{device: cpu}", "null"),
+        (3, ", optimizer and weights on cpu", "{device: cpu}", "{device: cpu}"),
+        (3, ", optimizer and weights on nvme", f"{{device: nvme, nvme_path: {NVME}}}", f"{{device: nvme, nvme_path: {NVME}}}"),
+    )
+}
+"""The combinations that the sweep compares, as settings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A change, not yet checked."""
+
+    settings: tuple[str, ...]
+    words: str
+    """What it costs."""
+    keeps_update: bool = True
+    nodes: int | None = None
+    """So many nodes instead."""
+
+
+def candidates(batch: BatchPlan, holding: Holding, resolved: Resolved, cluster: Cluster) -> Iterator[Candidate]:
+    """Changes to try, by cost: single ones, then one on top of the other; then what changes the updates, then more machines.
+
+    Args:
+        batch: the solved batch arithmetic.
+        holding: how the engine holds the model now.
+        resolved: the settings in force.
+        cluster: what the run is planned for.
+    """
+    single = list(_single_changes(batch, holding, resolved))
+    yield from single
+    # On top of each other, the cheap ones of one kind replaced by the last, which saves most.
+    last = {each.settings[0].partition("=")[0]: each for each in single}
+    stacked: list[Candidate] = []
+    for each in last.values():
+        stacked.append(each)
+        if len(stacked) > 1:
+            yield Candidate(
+                settings=tuple(setting for one in stacked for setting in one.settings),
+                words="; ".join(one.words for one in stacked),
+            )
+    settings = resolved.settings
+    if settings.data.seq_len > 1:
+        yield Candidate(
+            settings=(f"data.seq_len={settings.data.seq_len // 2}",),
+            words="rows of half the length: other rows, other updates",
+            keeps_update=False,
+        )
+    if settings.adapter is None:
+        yield Candidate(
+            settings=("adapter.lora.rank=16",),
+            words="trains small matrices beside the frozen model instead of all weights",
+            keeps_update=False,
+        )
+    whole = settings.train.global_batch_size is not None
+    for factor in (2, 4, 8, 16):
+        yield Candidate(
+            settings=(),
+            nodes=cluster.nodes * factor,
+            words=f"{cluster.nodes * factor} nodes" + ("" if whole else ": the global batch grows with them"),
+            keeps_update=whole,
+        )
+
+
+def _single_changes(batch: BatchPlan, holding: Holding, resolved: Resolved) -> Iterator[Candidate]:
+    """One change each, cheapest first; none changes an update."""
+    micro, accumulation = batch.micro_batch_size, batch.gradient_accumulation_steps
+    if holding.reduce_bucket > 100_000_000:
+        yield Candidate(
+            settings=(f"{_ZERO}reduce_bucket_size=auto",), words="gradients are reduced in smaller pieces: costs next to nothing"
+        )
+    divisors = [each for each in range(2, micro + 1) if micro % each == 0]
+    for divisor in dict.fromkeys([*divisors[:1], *divisors[-1:]]):
+        yield Candidate(
+            settings=(
+                f"train.micro_batch_size={micro // divisor}",
+                f"train.gradient_accumulation_steps={accumulation * divisor}",
+            ),
+            words=f"{divisor} x as many forwards of 1/{divisor} the rows: the GPU is used less well",
+        )
+    if holding.stage == 1 and holding.ranks > 1:
+        yield Candidate(
+            settings=(f"{_ZERO}stage=2",),
+            words="gradients are reduced after every forward" if accumulation > 1 else "gradients are kept by their owners only",
+        )
+    if not holding.gradient_checkpointing:
+        yield Candidate(
+            settings=("model.gradient_checkpointing=true",), words="activations are computed again: a third more compute"
+        )
+    if holding.stage < 3 and holding.ranks > 1:
+        yield Candidate(
+            settings=(f"{_ZERO}stage=3",), words="weights are gathered in forward and backward: about 1.5 x the traffic"
+        )
+    if holding.on_cpu:
+        if holding.keeps_copy:
+            yield Candidate(settings=("checkpoint.background=false",), words="training stands still while a checkpoint is written")
+        return  # offload would only move it within the same memory
+    if holding.optimizer_on == "none":
+        yield Candidate(
+            settings=(f"{_ZERO}offload_optimizer={{device: cpu}}",), words="every step waits for the CPU's Adam and the PCIe bus"
+        )
+    if holding.weights_on == "none":
+        yield Candidate(
+            settings=(f"{_ZERO}offload_param={{device: cpu}}", f"{_ZERO}stage=3"),
+            words="weights cross the PCIe bus in every forward and backward",
+        )
+    if holding.optimizer_on != "nvme":
+        nvme = f"{{device: nvme, nvme_path: {NVME}}}"
+        yield Candidate(
+            settings=(f"{_ZERO}offload_optimizer={nvme}", f"{_ZERO}offload_param={nvme}", f"{_ZERO}stage=3"),
+            words="a disk's speed; such a run cannot be resumed",
+        )
