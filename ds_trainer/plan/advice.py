@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ds_trainer.arguments.batch import BatchPlan
@@ -13,24 +13,28 @@ from ds_trainer.plan.holding import Holding
 _ZERO = "deepspeed.zero_optimization."
 NVME = "out/nvme"
 
-STAGES_AND_OFFLOADS: dict[str, tuple[str, ...]] = {
-    f"ZeRO-{stage}{words}": (
-        f"{_ZERO}stage={stage}",
-        f"{_ZERO}offload_optimizer={optimizer}",
-        *([f"{_ZERO}offload_param={weights}"] if stage == 3 else []),
-    )
-    for stage, words, optimizer, weights in (
-        (1, "", "null", "null"),
-        (1, ", optimizer on cpu", "{device: cpu}", "null"),
-        (2, "", "null", "null"),
-        (2, ", optimizer on cpu", "{device: cpu}", "null"),
-        (3, "", "null", "null"),
-        (3, ", optimizer on cpu", "{device: cpu}", "null"),
-        (3, ", optimizer and weights on cpu", "{device: cpu}", "{device: cpu}"),
-        (3, ", optimizer and weights on nvme", f"{{device: nvme, nvme_path: {NVME}}}", f"{{device: nvme, nvme_path: {NVME}}}"),
-    )
-}
-"""The combinations that the sweep compares, as settings."""
+
+def stages_and_offloads(written: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The combinations that the sweep compares: in words, and as settings on top of what is written.
+
+    Args:
+        written: keys of the block `zero_optimization`; those that only stage 3 takes are taken back for the others.
+    """
+    only_stage3 = [
+        f"{_ZERO}{key}=null" for key in written if key.startswith(("stage3_", "zero_hpz", "zero_quantized", "sub_group"))
+    ]
+    off = {"none": "null", "cpu": "{device: cpu}", "nvme": f"{{device: nvme, nvme_path: {NVME}}}"}
+    combinations = [*((stage, where, "none") for stage in (1, 2) for where in ("none", "cpu"))]
+    combinations += [(3, "none", "none"), (3, "cpu", "none"), (3, "cpu", "cpu"), (3, "nvme", "nvme")]
+    for stage, optimizer, weights in combinations:
+        both = " and weights" if weights != "none" else ""
+        words = f"ZeRO-{stage}" + (f", optimizer{both} on {optimizer}" if optimizer != "none" else "")
+        settings = [
+            f"{_ZERO}stage={stage}",
+            f"{_ZERO}offload_optimizer={off[optimizer]}",
+            f"{_ZERO}offload_param={off[weights]}",
+        ]
+        yield words, (*settings, *(only_stage3 if stage < 3 else ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +58,7 @@ def candidates(batch: BatchPlan, holding: Holding, resolved: Resolved, cluster: 
         resolved: the settings in force.
         cluster: what the run is planned for.
     """
-    single = list(_single_changes(batch, holding, resolved))
+    single = list(single_changes(batch, holding))
     yield from single
     # On top of each other, the cheap ones of one kind replaced by the last, which saves most.
     last = {each.settings[0].partition("=")[0]: each for each in single}
@@ -89,12 +93,13 @@ def candidates(batch: BatchPlan, holding: Holding, resolved: Resolved, cluster: 
         )
 
 
-def _single_changes(batch: BatchPlan, holding: Holding, resolved: Resolved) -> Iterator[Candidate]:
+def single_changes(batch: BatchPlan, holding: Holding) -> Iterator[Candidate]:
     """One change each, cheapest first; none changes an update."""
     micro, accumulation = batch.micro_batch_size, batch.gradient_accumulation_steps
     if holding.reduce_bucket > 100_000_000:
         yield Candidate(
-            settings=(f"{_ZERO}reduce_bucket_size=auto",), words="gradients are reduced in smaller pieces: costs next to nothing"
+            settings=(f"{_ZERO}reduce_bucket_size=auto",),
+            words="gradients are reduced in smaller pieces: costs next to nothing",
         )
     divisors = [each for each in range(2, micro + 1) if micro % each == 0]
     for divisor in dict.fromkeys([*divisors[:1], *divisors[-1:]]):
@@ -108,7 +113,9 @@ def _single_changes(batch: BatchPlan, holding: Holding, resolved: Resolved) -> I
     if holding.stage == 1 and holding.ranks > 1:
         yield Candidate(
             settings=(f"{_ZERO}stage=2",),
-            words="gradients are reduced after every forward" if accumulation > 1 else "gradients are kept by their owners only",
+            words="gradients are reduced after every forward"
+            if accumulation > 1
+            else "gradients are kept by their owners only",
         )
     if not holding.gradient_checkpointing:
         yield Candidate(
@@ -118,22 +125,26 @@ def _single_changes(batch: BatchPlan, holding: Holding, resolved: Resolved) -> I
         yield Candidate(
             settings=(f"{_ZERO}stage=3",), words="weights are gathered in forward and backward: about 1.5 x the traffic"
         )
+    to_stage3 = (f"{_ZERO}stage=3",) if holding.stage < 3 else ()
     if holding.on_cpu:
         if holding.keeps_copy:
-            yield Candidate(settings=("checkpoint.background=false",), words="training stands still while a checkpoint is written")
+            yield Candidate(
+                settings=("checkpoint.background=false",), words="training stands still while a checkpoint is written"
+            )
         return  # offload would only move it within the same memory
     if holding.optimizer_on == "none":
         yield Candidate(
-            settings=(f"{_ZERO}offload_optimizer={{device: cpu}}",), words="every step waits for the CPU's Adam and the PCIe bus"
+            settings=(f"{_ZERO}offload_optimizer={{device: cpu}}",),
+            words="every step waits for the CPU's Adam and the PCIe bus",
         )
     if holding.weights_on == "none":
         yield Candidate(
-            settings=(f"{_ZERO}offload_param={{device: cpu}}", f"{_ZERO}stage=3"),
+            settings=(f"{_ZERO}offload_param={{device: cpu}}", *to_stage3),
             words="weights cross the PCIe bus in every forward and backward",
         )
     if holding.optimizer_on != "nvme":
         nvme = f"{{device: nvme, nvme_path: {NVME}}}"
         yield Candidate(
-            settings=(f"{_ZERO}offload_optimizer={nvme}", f"{_ZERO}offload_param={nvme}", f"{_ZERO}stage=3"),
+            settings=(f"{_ZERO}offload_optimizer={nvme}", f"{_ZERO}offload_param={nvme}", *to_stage3),
             words="a disk's speed; such a run cannot be resumed",
         )

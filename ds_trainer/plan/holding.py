@@ -83,7 +83,7 @@ def holding_of(resolved: Resolved, engine: EngineConfig, batch: BatchPlan, *, ra
         ranks_per_node=ranks_per_node,
         on_cpu=device_type == "cpu",
         weight_bytes=weight_bytes,
-        gradient_bytes=TYPE_BYTES[accumulated_in] if accumulated_in in TYPE_BYTES else weight_bytes,
+        gradient_bytes=TYPE_BYTES.get(accumulated_in, weight_bytes),
         moment_bytes=_MOMENTS.get(written_optimizer(resolved).lower(), 8),
         # nvme below stage 3 acts as cpu, and offload_param has no effect there.
         optimizer_on="cpu" if optimizer_on == "nvme" and stage < 3 else optimizer_on,
@@ -99,7 +99,7 @@ def holding_of(resolved: Resolved, engine: EngineConfig, batch: BatchPlan, *, ra
         persistence_threshold=_count(zero, "stage3_param_persistence_threshold", 100_000),
         max_reuse_distance=_count(zero, "stage3_max_reuse_distance", 1_000_000_000),
         sub_group=_count(zero, "sub_group_size", 1_000_000_000),
-        offload_ratio=float(optimizer.get("ratio", 1.0)),
+        offload_ratio=float(optimizer.get("ratio", 1.0)) if stage == 3 else 1.0,
         optimizer_buffers=_count(optimizer, "buffer_count", 4),
         weight_buffers=_count(weights, "buffer_count", 5),
         weight_buffer=_count(weights, "buffer_size", 100_000_000),

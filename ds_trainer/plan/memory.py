@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ds_trainer.plan.holding import Holding
 from ds_trainer.plan.shape import LARGE_BLOCK, Shape, StepPeak, Weight
 
 MIB = 2**20
-CPU_PROCESS = 442 * MIB
+CPU_PROCESS = 445 * MIB
 """Resident memory of a rank that trains next to nothing: Python, torch without CUDA, DeepSpeed, transformers, the loader.
 Measured: scripts/bench/plan_accuracy.py, torch 2.13.0+cpu, DeepSpeed 0.19.8."""
 CUDA_CONTEXT = 1024 * MIB
@@ -46,38 +47,25 @@ class RankMemory:
         return max(((name, sum(parts.values())) for name, parts in phases.items()), key=lambda each: each[1], default=("", 0.0))
 
 
-def states(
-    *,
-    parameters: int,
-    trained: int,
-    weight_bytes: int,
-    moment_bytes: int,
-    stage: int,
-    ranks: int,
-    optimizer_on: str,
-    weights_on: str,
-) -> Parts:
+def states_of(holding: Holding, *, parameters: int, trained: int) -> Parts:
     """What the states of the model take on the device of one rank; activations and buffers come on top.
 
     Source: ZeRO (Rajbhandari et al., 2020), section 3.1: a parameter and a gradient in the training type, and for Adam a copy
     and two moments in fp32. Stage 1 splits the optimizer states over the ranks, 2 the gradients too, 3 the parameters too.
 
     Args:
+        holding: how the engine holds the model.
         parameters: of the model.
         trained: of them, those that are trained.
-        weight_bytes: of a weight in forward and backward.
-        moment_bytes: of the optimizer's state, without the fp32 copy.
-        stage: ZeRO's.
-        ranks: over which they are split.
-        optimizer_on: where the optimizer states, and at stage 2 and 3 the gradients, are kept: `none` is the device.
-        weights_on: the same for the parameters, at stage 3.
     """
-    gradients = trained * weight_bytes / (ranks if stage >= 2 else 1)
-    at_home = optimizer_on == "none"
+    width, ranks = holding.weight_bytes, holding.ranks
+    gradients = trained * width / (ranks if holding.stage >= 2 else 1)
+    optimizer = trained * (4 + holding.moment_bytes) / ranks
+    here = 1.0 if holding.optimizer_on == "none" else 1.0 - holding.offload_ratio
     return {
-        "weights": 0.0 if stage == 3 and weights_on != "none" else parameters * weight_bytes / (ranks if stage == 3 else 1),
-        "gradients": gradients if at_home or stage == 1 else 0.0,
-        "optimizer states": trained * (4 + moment_bytes) / ranks if at_home else 0.0,
+        "weights": 0.0 if holding.weights_on != "none" else parameters * width / (ranks if holding.stage == 3 else 1),
+        "gradients": gradients if holding.optimizer_on == "none" or holding.stage == 1 else 0.0,
+        "optimizer states": here * optimizer,
     }
 
 
@@ -87,8 +75,7 @@ def rank_memory(
     step: StepPeak,
     *,
     attention_mask: float,
-    loads_whole: bool,
-    pretrained: bool,
+    read_whole: Literal["by every rank", "by rank zero", "by nobody"],
 ) -> RankMemory:
     """Count what a rank holds.
 
@@ -97,23 +84,30 @@ def rank_memory(
         holding: how the engine holds it.
         step: what a forward and backward pass keeps; with the gradients at stage 1 when there is one micro-step.
         attention_mask: bytes of a mask that the attention needs, if it needs one.
-        loads_whole: pretrained weights are read whole by each rank before they are split or moved.
-        pretrained: the weights are read from a file.
+        read_whole: who has the whole model in host memory while it is built.
     """
     device, host, nvme = (_stage3 if holding.stage == 3 else _stages12)(shape, holding, step, attention_mask)
     copies = _saved_copies(shape, holding)
     saved = shape.trained * (4 + holding.moment_bytes)
     checkpoint = {"fp32 weights": 4.0 * shape.trained, "optimizer states": float(saved - 4 * shape.trained)}
+    whole = float(shape.total * holding.weight_bytes)
     if holding.on_cpu:
-        return RankMemory(device=_on_cpu(shape, holding, step, device, host, copies), host={}, nvme=nvme, checkpoint=checkpoint)
+        phases = _on_cpu(shape, holding, step, device, host, copies)
+        if read_whole != "by nobody":
+            phases["loading"] = {
+                "process": float(CPU_PROCESS),
+                "weights as they are built": whole,
+                "pages of their files": whole,
+            }
+        return RankMemory(device=phases, host={}, nvme=nvme, checkpoint=checkpoint)
     for parts in device.values():
         parts["CUDA context and libraries (allowance)"] = CUDA_CONTEXT
     base = {"process (allowance)": float(CUDA_PROCESS)}
-    loading = shape.total * holding.weight_bytes if pretrained and loads_whole else 0
+    readers = {"by every rank": 1.0, "by rank zero": 1 / holding.ranks_per_node, "by nobody": 0.0}[read_whole]
     return RankMemory(
         device=device,
         host={
-            "loading": {**base, "weights as they are read": float(loading)},
+            "loading": {**base, "weights as they are built": readers * whole},
             "training": {**base, **host, "copy of the state for saves": copies},
         },
         nvme=nvme,
@@ -124,17 +118,10 @@ def rank_memory(
 def _stages12(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tuple[dict[str, Parts], Parts, Parts]:
     """Stages 1 and 2, [12]: device by phase, host, nvme."""
     width, trained, ranks = holding.weight_bytes, shape.trained, holding.ranks
-    held = states(
-        parameters=shape.total,
-        trained=trained,
-        weight_bytes=width,
-        moment_bytes=holding.moment_bytes,
-        stage=holding.stage,
-        ranks=ranks,
-        optimizer_on=holding.optimizer_on,
-        weights_on="none",
-    )
-    static = {name: held[name] for name in ("weights", "optimizer states")} | {"buffers of the model": float(shape.buffers_bytes)}
+    held = states_of(holding, parameters=shape.total, trained=trained)
+    static = {name: held[name] for name in ("weights", "optimizer states")} | {
+        "buffers of the model": float(shape.buffers_bytes)
+    }
     own, largest_piece, crossing = _own_partition(shape.weights, ranks)
     at_home = holding.optimizer_on == "none"
     # copy_grads_in_partition: one buffer for all parameters that touch the own partition, whole. The second micro-step gets
@@ -145,8 +132,8 @@ def _stages12(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tu
         activations = step.total
     else:
         gradients = width * trained
-        # With one micro-step the trace holds the gradients: they grow while the activations go.
-        activations = step.total if holding.accumulation > 1 else max(0.0, step.total - gradients)
+        # Where the trace holds the gradients, they grow while the activations go.
+        activations = max(0.0, step.total - gradients) if gradients_grow(holding) else step.total
         # They are copied one by one into the own partition's buffer, which on a GPU is there from the first one on.
         gradients += 0 if holding.on_cpu else owned
     bucket = min(holding.reduce_bucket, trained) if holding.on_cpu else holding.reduce_bucket
@@ -200,7 +187,9 @@ def _stage3(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tupl
     states_bytes = (4 + holding.moment_bytes) * own
     static = {
         "weights": float(shards) if home_weights else 0.0,
-        "a second set of weights (ZeRO++)": width * shape.total / holding.secondary_ranks if holding.secondary_ranks > 1 else 0.0,
+        "a second set of weights (ZeRO++)": width * shape.total / holding.secondary_ranks
+        if holding.secondary_ranks > 1
+        else 0.0,
         "small weights that stay whole": float(width * sum(small)),
         "buffers of the model": float(shape.buffers_bytes),
         "optimizer states": here * states_bytes,
@@ -265,7 +254,7 @@ def live_parameters(shape: Shape, holding: Holding) -> int:
 
 
 def _own_partition(weights: Sequence[Weight], ranks: int) -> tuple[int, int, int]:
-    """Of the fullest partition: elements of the parameters that touch it, whole; its largest piece; the largest that crosses a border.
+    """Elements of all parameters that touch the fullest partition; the largest piece in one; the largest parameter in two.
 
     Parameters of a group lie end to end, padded to a multiple of two elements a rank ([12] flatten_dense_tensors_aligned).
     """
@@ -308,7 +297,7 @@ def _pinned(num_bytes: float, pinned: bool) -> float:
 
 
 def _copied_by_gloo(holding: Holding, num_bytes: float) -> float:
-    """gloo gathers into, and scatters from, a copy as large as all ranks' parts together; NCCL works in place.
+    """Gloo gathers into, and scatters from, a copy as large as all ranks' parts together; NCCL works in place.
 
     Source: torch 2.13, torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, `newLikeFlat` in allgather and reduce_scatter.
     """
@@ -322,31 +311,47 @@ def _larger(parts: Parts, *names: str, than: str) -> Parts:
     return {name: 0.0 if name in drop else size for name, size in parts.items()}
 
 
+def gradients_grow(holding: Holding) -> bool:
+    """Whether the gradients of all parameters come while the activations go: at stage 1, in the one micro-step of a step.
+
+    On the CPU they count beside each other: see `_on_cpu`.
+    """
+    return holding.stage == 1 and holding.accumulation == 1 and not holding.on_cpu
+
+
 def _on_cpu(
     shape: Shape, holding: Holding, step: StepPeak, device: dict[str, Parts], host: Parts, copies: float
 ) -> dict[str, Parts]:
     """The same as one process: host parts added, and what glibc does not give back.
 
     A freed block below LARGE_BLOCK stays with the process, so that the most the small ones ever took counts in every phase;
-    of large blocks only those that are alive do. At stage 3 a gathered weight takes two small blocks: glibc before 2.38 does
-    not give an aligned request the hole that an equal one left (bug 14581), and so has one beside the other.
+    of large blocks only those that are alive do. What small blocks leave does not serve others: glibc before 2.38 gives an
+    aligned request no hole of just its size (bug 14581), and torch's requests are aligned. So small gradients lie beside what
+    the activations left, and a weight that is gathered at stage 3 beside the one before it.
     """
-    kept = step.small
-    if holding.stage == 3:
-        small = sum(each.numel for each in shape.weights if each.numel * holding.weight_bytes < LARGE_BLOCK)
-        kept += 2.0 * min(live_parameters(shape, holding), small) * holding.weight_bytes
+
+    def split(weights: list[Weight]) -> tuple[float, float]:
+        sizes = [each.numel * holding.weight_bytes for each in weights]
+        return float(sum(each for each in sizes if each < LARGE_BLOCK)), float(
+            sum(each for each in sizes if each >= LARGE_BLOCK)
+        )
+
+    kept, gradients, gathered = step.small, None, None
+    if holding.stage == 1:
+        small, gradients = split([each for each in shape.weights if each.trained])
+        kept += small
+    elif holding.stage == 3:
+        live = live_parameters(shape, holding) * holding.weight_bytes
+        small, large = split(list(shape.weights))
+        kept += 2 * min(live, small)
+        gathered = min(live, large)
     found = {}
     for phase, parts in device.items():
-        parts = dict(parts)
+        parts = parts | {name: parts.get(name, 0.0) + size for name, size in host.items()}
         if phase == "forward and backward":
-            parts["activations"] = max(0.0, step.large - (parts["gradients"] if holding.stage == 1 and holding.accumulation == 1 else 0))
-            if holding.stage == 3:
-                large = shape.total - sum(
-                    each.numel for each in shape.weights if each.numel * holding.weight_bytes < LARGE_BLOCK
-                )
-                parts["gathered weights"] = float(min(live_parameters(shape, holding), large) * holding.weight_bytes)
-        for name, size in host.items():
-            parts[name] = parts.get(name, 0.0) + size
+            parts["activations"] = step.large
+            parts |= {} if gradients is None else {"gradients": gradients}
+            parts |= {} if gathered is None else {"gathered weights": gathered}
         parts["copy of the state for saves"] = copies
         parts["small blocks, which the allocator keeps"] = kept
         parts["process"] = float(CPU_PROCESS)

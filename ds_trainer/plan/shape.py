@@ -177,9 +177,7 @@ def trace(asked: Traced) -> StepPeak:
         ModelError: the model decides by the values of its tensors what it computes, so that it cannot be traced.
     """
     attention = "eager" if asked.attention == "eager" else _FUSED
-    built = _build(
-        asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing
-    )
+    built = _build(asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing)
     stack = _stack_of_equal_layers(base_of(built))
     try:
         if stack is None or asked.keep_gradients or len(stack[2]) <= _DEPTHS[1]:
@@ -203,7 +201,7 @@ def trace(asked: Traced) -> StepPeak:
     return StepPeak(**{field: at_full_depth(field) for field in ("total", "small", "large", "forward")})
 
 
-def _stack_of_equal_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
+def _stack_of_equal_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
     """Where the layers of a model are, if they are all alike: their owner, its name for them, and the list."""
     count = model.config.get_text_config().num_hidden_layers
     for owner in model.modules():

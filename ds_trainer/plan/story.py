@@ -6,7 +6,7 @@ and the DeepSpeed JSON are merged anew with the change on top, so that what is p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from ds_trainer.errors import ModelError, RefusedError
 from ds_trainer.model import load
 from ds_trainer.model.attention import choose_attention
 from ds_trainer.plan import advice
-from ds_trainer.plan.cluster import Cluster, in_words
+from ds_trainer.plan.cluster import Cluster
 from ds_trainer.plan.holding import Holding, holding_of
 from ds_trainer.plan.length import Length, flops_per_step, length_of
-from ds_trainer.plan.memory import RankMemory, rank_memory
+from ds_trainer.plan.memory import RankMemory, gradients_grow, rank_memory
 from ds_trainer.plan.shape import Shape, Traced, read_config, read_shape, trace
 from ds_trainer.plan.traffic import Traffic, step_traffic
 
@@ -33,6 +33,8 @@ class Request:
     deepspeed: Path | None = None
     overrides: tuple[str, ...] = ()
     cluster: Cluster
+    notes: tuple[str, ...] = ()
+    """What was taken from this machine because nobody said it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +91,14 @@ class Plan:
         return all(each.fits for each in self.needs)
 
 
+def memory_here() -> tuple[float | None, float]:
+    """Memory of a GPU of this machine, None when it has none, and of the host."""
+    import torch
+
+    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return gpu, float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 def make_plan(request: Request) -> Plan:
     """Plan a run.
 
@@ -100,14 +110,10 @@ def make_plan(request: Request) -> Plan:
     settings = resolved.settings
     batch = solve_run_batch(resolved, cluster.ranks)
     config = read_config(settings.model)
-    engine = build_engine_config(
-        resolved, batch, hidden_size=hidden_size_of(config.to_dict()), device_type=cluster.device_type
-    )
+    engine = build_engine_config(resolved, batch, hidden_size=hidden_size_of(config.to_dict()), device_type=cluster.device_type)
     if autos := [name for name, value in engine.config["zero_optimization"].items() if value == "auto"]:
         raise ModelError(f"DeepSpeed's {', '.join(autos)} are \"auto\", which needs the model's hidden_size. Write numbers.")
-    holding = holding_of(
-        resolved, engine, batch, ranks_per_node=cluster.ranks_per_node, device_type=cluster.device_type
-    )
+    holding = holding_of(resolved, engine, batch, ranks_per_node=cluster.ranks_per_node, device_type=cluster.device_type)
     model = settings.model.model_dump_json()
     adapter = settings.adapter.model_dump_json() if settings.adapter else "null"
     shape = read_shape(model, adapter, settings.train.precision)
@@ -121,20 +127,19 @@ def make_plan(request: Request) -> Plan:
             gradient_checkpointing=settings.model.gradient_checkpointing,
             rows=batch.micro_batch_size,
             seq_len=settings.data.seq_len,
-            keep_gradients=holding.stage == 1 and holding.accumulation == 1,
+            keep_gradients=gradients_grow(holding),
         )
     )
     masked = attention in ("sdpa", "eager")
     # A mask of booleans, and what the kernel adds to the scores.
     mask = batch.micro_batch_size * settings.data.seq_len**2 * (1 + holding.weight_bytes) if masked else 0
-    pretrained = settings.model.path is not None
+    sliced = settings.model.path is None or bool(load.weight_files(settings.model.path))
     memory = rank_memory(
         shape,
         holding,
         step,
         attention_mask=float(mask),
-        pretrained=pretrained,
-        loads_whole=holding.stage < 3 or not (pretrained and load.weight_files(str(settings.model.path))),
+        read_whole="by every rank" if holding.stage < 3 else "by nobody" if sliced else "by rank zero",
     )
     length = length_of(resolved, batch)
     return Plan(
@@ -147,7 +152,7 @@ def make_plan(request: Request) -> Plan:
         traffic=step_traffic(shape, holding),
         length=length,
         flops=flops_per_step(shape, positions=length.positions_per_step, seq_len=settings.data.seq_len),
-        notes=tuple(_notes(resolved, cluster, length, attention)),
+        notes=(*request.notes, *_notes(resolved, cluster, length, attention)),
     )
 
 
@@ -157,9 +162,13 @@ def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str)
     if cluster.device_type == "cpu":
         notes.append("on the CPU device and host are one: what a rank takes is the resident memory of its process")
     if length.max_steps is None:
-        notes.append("the number of steps follows from the data: run `ds_trainer prepare` with the same run file, then plan again")
+        notes.append(
+            "the number of steps follows from the data: run `ds_trainer prepare` with the same run file, then plan again"
+        )
     elif length.num_rows is None and not settings.data.streaming:
-        notes.append("the data has not been counted (`ds_trainer prepare` does): tokens are counted as if every position held one")
+        notes.append(
+            "the data has not been counted (`ds_trainer prepare` does): tokens are counted as if every position held one"
+        )
     if settings.model.resize_vocabulary:
         notes.append("model.resize_vocabulary: the tokenizer is not read, so the vocabulary is counted as the config has it")
     if optimizer_kind(resolved, cluster.device_type) == "deepspeed":
@@ -215,7 +224,9 @@ class Row:
 def sweep(request: Request) -> list[Row]:
     """Plan every stage and offload for the same run."""
     rows = []
-    for name, settings in advice.STAGES_AND_OFFLOADS.items():
+    zero = resolve(request.config, deepspeed=request.deepspeed, overrides=request.overrides).deepspeed.find("zero_optimization")
+    written = list(zero.value) if zero is not None else []
+    for name, settings in advice.stages_and_offloads(written):
         try:
             again = make_plan(replace(request, overrides=(*request.overrides, *settings)))
         except RefusedError as error:

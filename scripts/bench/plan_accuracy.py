@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SCRATCH, child_environment, finish, goal, versions
+from common import RESULTS, SCRATCH, child_environment, finish, goal, versions
 from helpers import write_corpus, write_run
 
 from ds_trainer.plan.cluster import Cluster
@@ -96,25 +96,31 @@ CASES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the process and ZeRO-2 at 67 M only; writes no results")
+    parser.add_argument(
+        "--replan", action="store_true", help="plan anew beside what the last whole run measured: after a change of the plan"
+    )
     parser.add_argument("--only", help="cases whose line has this text in it; writes no results")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     SCRATCH.mkdir(parents=True, exist_ok=True)
     rows, errors = [], []
+    last = {tuple(row[:3]): row[5] * GIB for row in last_rows()} if arguments.replan else {}
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         corpus = Path(scratch) / "corpus"
         corpus.mkdir()
         write_corpus(corpus)
         write_texts(corpus / "texts.jsonl")
-        base = measured(Case("tiny", 2), corpus, Path(scratch), on_gpu)[1]
-        print(f"a rank that trains next to nothing: {base / 2**20:.0f} MiB, the plan counts {CPU_PROCESS / 2**20:.0f}", flush=True)
+        base = CPU_PROCESS if last else measured(Case("tiny", 2), corpus, Path(scratch), on_gpu)[1]
+        print(
+            f"a rank that trains next to nothing: {base / 2**20:.0f} MiB, the plan counts {CPU_PROCESS / 2**20:.0f}", flush=True
+        )
         for case in chosen(arguments.quick, arguments.only):
-            plan, found = measured(case, corpus, Path(scratch), on_gpu)
+            what = f"ZeRO-{case.stage}" + (f", {case.words}" if case.words else "")
+            plan, found = measured(case, corpus, Path(scratch), on_gpu, last.get((case.model, case.precision, what)))
             phase, foretold = plan.memory.peak("device")
             foretold -= CUDA_CONTEXT if on_gpu else 0
             error = 100 * (foretold / found - 1)
             errors.append(error)
-            what = f"ZeRO-{case.stage}" + (f", {case.words}" if case.words else "")
             rows.append([case.model, case.precision, what, phase, foretold / GIB, found / GIB, f"{error:+.1f}%"])
             print(rows[-1], flush=True)
     what = "allocated GPU memory" if on_gpu else "resident memory"
@@ -130,7 +136,10 @@ def main() -> None:
                 "rows": rows,
             }
         ],
-        notes=[f"Of each CPU figure, {CPU_PROCESS / 2**20:.0f} MiB is the process without a model; measured here: {base / 2**20:.0f} MiB."],
+        notes=[
+            f"Of each CPU figure, {CPU_PROCESS / 2**20:.0f} MiB is the process without a model; "
+            f"measured here: {base / 2**20:.0f} MiB."
+        ],
         packages=versions("torch", "deepspeed", "transformers", "peft"),
     )
 
@@ -143,13 +152,35 @@ def chosen(quick: bool, only: str | None) -> Iterator[Case]:
 
 def write_texts(path: Path) -> None:
     """Enough documents to fill rows of 1024 positions without padding to speak of."""
-    words = "the model reads a row of tokens and predicts the next one from all before it".split()
+    words = [
+        "the",
+        "model",
+        "reads",
+        "a",
+        "row",
+        "of",
+        "tokens",
+        "and",
+        "predicts",
+        "the",
+        "next",
+        "one",
+        "from",
+        "all",
+        "before",
+        "it",
+    ]
     texts = [" ".join(words[(i * 7 + j) % len(words)] for j in range(20 + i * 11 % 90)) for i in range(1500)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def measured(case: Case, corpus: Path, scratch: Path, on_gpu: bool) -> tuple[Plan, float]:
-    """The plan of a run, and the most that one of its ranks held, in bytes."""
+def last_rows() -> list[list[Any]]:
+    rows: list[list[Any]] = json.loads((RESULTS / "plan_accuracy.json").read_text(encoding="utf-8"))["tables"][0]["rows"]
+    return rows
+
+
+def measured(case: Case, corpus: Path, scratch: Path, on_gpu: bool, known: float | None = None) -> tuple[Plan, float]:
+    """The plan of a run, and the most that one of its ranks held, in bytes; it is not run where that is known."""
     folder = scratch / "run"
     config = write_run(
         corpus,
@@ -178,6 +209,8 @@ def measured(case: Case, corpus: Path, scratch: Path, on_gpu: bool) -> tuple[Pla
             cluster=Cluster(nodes=1, ranks_per_node=RANKS, device_type="cuda" if on_gpu else "cpu"),
         )
     )
+    if known is not None:
+        return plan, known
     command = ["torchrun", "--nproc-per-node", str(RANKS), "-m", "ds_trainer", "train", "--config", str(config)]
     command += ["--deepspeed", str(json_path), *case.settings]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=900, check=False)

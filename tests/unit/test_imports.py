@@ -15,7 +15,7 @@ PARTS = {"engine", "data", "model", "objectives", "checkpoint", "monitor"}
 LOOP = {"loop"}
 STORIES = {
     *("train", "recovery", "agreement", "debug", "check", "export", "prepare", "assemble", "run_data", "verify"),
-    "out_of_memory",
+    *("out_of_memory", "plan"),
 }
 TOP = {"cli", "__main__", "__init__"}
 HEAVY = {"torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers"}
