@@ -96,7 +96,7 @@ def candidates(batch: BatchPlan, holding: Holding, resolved: Resolved, cluster: 
 def single_changes(batch: BatchPlan, holding: Holding) -> Iterator[Candidate]:
     """One change each, cheapest first; none changes an update."""
     micro, accumulation = batch.micro_batch_size, batch.gradient_accumulation_steps
-    if holding.reduce_bucket > 100_000_000:
+    if holding.reduce_bucket > 100_000_000 and not holding.on_cpu:
         yield Candidate(
             settings=(f"{_ZERO}reduce_bucket_size=auto",),
             words="gradients are reduced in smaller pieces: costs next to nothing",

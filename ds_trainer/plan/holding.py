@@ -83,7 +83,7 @@ def holding_of(resolved: Resolved, engine: EngineConfig, batch: BatchPlan, *, ra
         ranks_per_node=ranks_per_node,
         on_cpu=device_type == "cpu",
         weight_bytes=weight_bytes,
-        gradient_bytes=TYPE_BYTES.get(accumulated_in, weight_bytes),
+        gradient_bytes=TYPE_BYTES.get(str(accumulated_in), weight_bytes),
         moment_bytes=_MOMENTS.get(written_optimizer(resolved).lower(), 8),
         # nvme below stage 3 acts as cpu, and offload_param has no effect there.
         optimizer_on="cpu" if optimizer_on == "nvme" and stage < 3 else optimizer_on,

@@ -73,10 +73,8 @@ def flops_per_step(shape: Shape, *, positions: float, seq_len: int) -> float:
         positions: of one step, over all ranks.
         seq_len: of a row; packed documents are shorter, so that the attention takes less.
     """
-    looked_up = [each for each in shape.weights if "embed" in each.name]
     tied = not any("lm_head" in each.name for each in shape.weights)
-    spared = 0 if tied else sum(each.numel for each in looked_up)
-    frozen = sum(each.numel for each in shape.weights if not each.trained and each not in looked_up)
-    dense = 6 * (shape.total - spared) - 2 * frozen
+    multiplied = [each for each in shape.weights if tied or "embed" not in each.name]
+    dense = sum(each.numel * (6 if each.trained else 4) for each in multiplied)
     attention = 6 * shape.num_layers * shape.hidden_size * seq_len
     return float(positions * (dense + attention))

@@ -119,8 +119,13 @@ def _stages12(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tu
     """Stages 1 and 2, [12]: device by phase, host, nvme."""
     width, trained, ranks = holding.weight_bytes, shape.trained, holding.ranks
     held = states_of(holding, parameters=shape.total, trained=trained)
-    static = {name: held[name] for name in ("weights", "optimizer states")} | {
-        "buffers of the model": float(shape.buffers_bytes)
+    largest = max((each.numel for each in shape.weights if each.trained), default=0)
+    static = {
+        "weights": held["weights"],
+        "optimizer states": held["optimizer states"],
+        "buffers of the model": float(shape.buffers_bytes),
+        # temp_grad_buffer_for_gpu_offload; its like on the host is among the host's parts
+        "offload buffer": 0.0 if holding.optimizer_on == "none" else float(width * largest),
     }
     own, largest_piece, crossing = _own_partition(shape.weights, ranks)
     at_home = holding.optimizer_on == "none"
@@ -140,7 +145,6 @@ def _stages12(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tu
     buckets = width * bucket * (2 if holding.overlap_comm else 1) if holding.contiguous_gradients else 0.0
     # allreduce_bucket flattens what it reduces: a full bucket, or a parameter that is larger and lies in two partitions.
     reduced = width * max(min(holding.reduce_bucket, trained), crossing if crossing > holding.reduce_bucket else 0)
-    offload = width * max((each.numel for each in shape.weights if each.trained), default=0)
     backward = {
         **static,
         "gradients": gradients,
@@ -148,7 +152,6 @@ def _stages12(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tu
         "attention mask": mask,
         "buckets for reducing": buckets,
         "flattened for reducing": float(reduced),
-        "offload buffer": 0.0 if at_home else float(offload),
     }
     # step: the own gradients are flattened, widened to fp32, and the norm takes each in fp64 (get_norm_dtype).
     flat = trained / ranks * (4 if width == 4 else width + 4)
@@ -169,7 +172,7 @@ def _stages12(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tu
             "optimizer states": _pinned(4 * share, pinned) + holding.moment_bytes * share,
             "fp32 gradients": _pinned(4 * share, pinned),
             "updated weights on their way": _pinned(width * share, pinned),
-            "offload buffer": _pinned(offload, pinned),
+            "offload buffer": _pinned(width * largest, pinned),
             "gradients added up": width * own if holding.accumulation > 1 else 0.0,
         }
     return {"forward and backward": backward, "norm": norm, "update": update}, host, {}
@@ -337,9 +340,11 @@ def _on_cpu(
         )
 
     kept, gradients, gathered = step.small, None, None
-    if holding.stage == 1:
-        small, gradients = split([each for each in shape.weights if each.trained])
+    if holding.stage < 3 and (holding.stage == 1 or holding.optimizer_on != "none"):
+        # With offload each gradient is cloned and widened to fp64 on its way ([12] set_norm_for_param_grad_in_gpu).
+        small, large = split([each for each in shape.weights if each.trained])
         kept += small
+        gradients = large if holding.stage == 1 else None
     elif holding.stage == 3:
         live = live_parameters(shape, holding) * holding.weight_bytes
         small, large = split(list(shape.weights))

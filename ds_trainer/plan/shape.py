@@ -24,14 +24,15 @@ from ds_trainer.arguments.schema import AdapterSection, ModelSection
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
 from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.attention import DOCUMENTS
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import ModelBatch
 
 LARGE_BLOCK = 32 << 20
 """From here on glibc asks the system for a block of its own, and gives it back when it is freed; smaller ones stay with the
 process. Source: mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX; `engine/build.py` sets the same."""
-_FUSED = "plan"
-"""Our name for an attention that never holds the scores, as flash attention does on any device."""
+_FUSED, _FUSED_DOCUMENTS = "plan", "plan_documents"
+"""Our names for an attention that never holds the scores, as flash attention on any device, and as `documents` calls it."""
 _DEPTHS = (2, 4)
 """Layers of the two traces from which the others follow, in a model whose layers are all alike."""
 
@@ -120,8 +121,8 @@ def read_config(model: ModelSection) -> Any:
         except (OSError, ValueError):
             raise ModelError(
                 f"model.path = {path} is not a folder of this machine, and its config.json is not in the hub's cache here. "
-                f"`plan` needs no weights, only that file. Fetch it: hf download {path} config.json; or name a copy: "
-                "model.path=null model.config=path/to/config.json model.tokenizer=any (the tokenizer is not read)."
+                f"`plan` needs no weights, only that file: hf download {path} config.json; or put a copy in a folder and add "
+                "model.path=that/folder. For a model from scratch: model.path=null model.config=path/to/config.json."
             ) from None
     return load.load_config(model)
 
@@ -176,7 +177,7 @@ def trace(asked: Traced) -> StepPeak:
     Raises:
         ModelError: the model decides by the values of its tensors what it computes, so that it cannot be traced.
     """
-    attention = "eager" if asked.attention == "eager" else _FUSED
+    attention = {"eager": "eager", DOCUMENTS: _FUSED_DOCUMENTS}.get(asked.attention, _FUSED)
     built = _build(asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing)
     stack = _stack_of_equal_layers(base_of(built))
     try:
@@ -215,7 +216,7 @@ def _stack_of_equal_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] |
 
 
 def _run(model: Any, asked: Traced) -> StepPeak:
-    fused = asked.attention == "documents" or asked.attention.startswith("flash")
+    fused = asked.attention == DOCUMENTS or asked.attention.startswith("flash")
     rows, positions = (1, asked.rows * asked.seq_len) if fused else (asked.rows, asked.seq_len)
     ids = torch.zeros(rows, positions, dtype=torch.long, device="meta")
     batch = ModelBatch(
@@ -288,8 +289,9 @@ def _register_fused() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(_FUSED, _fused_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_FUSED, lambda *args, **kwargs: None)
+    for name, function in ((_FUSED, _fused_attention), (_FUSED_DOCUMENTS, _fused_documents)):
+        AttentionInterface.register(name, function)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *args, **kwargs: None)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -313,4 +315,12 @@ def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     output: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), None  # kernels write (rows, positions, heads, head_size): no copy
+
+
+def _fused_documents(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As `model/attention.py` puts the documents' outputs together: what each call kept, and a copy in one piece."""
+    output: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return output.transpose(1, 2).clone(memory_format=torch.contiguous_format), None

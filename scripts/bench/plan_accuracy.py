@@ -174,6 +174,17 @@ def write_texts(path: Path) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
+def saved_model(name: str, scratch: Path) -> Path:
+    """A folder with a model of random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = scratch / "base" / name.replace(" ", "")
+    if not folder.exists():
+        fields = dict(MODELS[name])
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).save_pretrained(folder)
+    return folder
+
+
 def last_rows() -> list[list[Any]]:
     rows: list[list[Any]] = json.loads((RESULTS / "plan_accuracy.json").read_text(encoding="utf-8"))["tables"][0]["rows"]
     return rows
@@ -182,10 +193,12 @@ def last_rows() -> list[list[Any]]:
 def measured(case: Case, corpus: Path, scratch: Path, on_gpu: bool, known: float | None = None) -> tuple[Plan, float]:
     """The plan of a run, and the most that one of its ranks held, in bytes; it is not run where that is known."""
     folder = scratch / "run"
+    # Training an adapter on random weights is refused, so these are written and read.
+    base = {"path": str(saved_model(case.model, scratch))} if case.settings == LORA else {"config": MODELS[case.model]}
     config = write_run(
         corpus,
         scratch,
-        model={"config": MODELS[case.model], "tokenizer": str(corpus / "tokenizer")},
+        model={**base, "tokenizer": str(corpus / "tokenizer")},
         data={"seq_len": case.seq_len, "cache_folder": str(scratch / "cache")},
         train={
             "max_steps": 4,
