@@ -49,7 +49,7 @@ class Candidate:
     """So many nodes instead."""
 
 
-def candidates(batch: BatchPlan, holding: Holding, resolved: Resolved, cluster: Cluster) -> Iterator[Candidate]:
+def candidates(batch: BatchPlan, holding: Holding, resolved: Resolved, cluster: Cluster) -> Iterator[tuple[Candidate, ...]]:
     """Changes to try, by cost: single ones, then one on top of the other; then what changes the updates, then more machines.
 
     Args:
@@ -59,38 +59,21 @@ def candidates(batch: BatchPlan, holding: Holding, resolved: Resolved, cluster: 
         cluster: what the run is planned for.
     """
     single = list(single_changes(batch, holding))
-    yield from single
-    # On top of each other, the cheap ones of one kind replaced by the last, which saves most.
-    last = {each.settings[0].partition("=")[0]: each for each in single}
-    stacked: list[Candidate] = []
-    for each in last.values():
-        stacked.append(each)
-        if len(stacked) > 1:
-            yield Candidate(
-                settings=tuple(setting for one in stacked for setting in one.settings),
-                words="; ".join(one.words for one in stacked),
-            )
+    yield from ((each,) for each in single)
+    # On top of each other; of several that set the same, the one that saves most.
+    last = list({each.settings[0].partition("=")[0]: each for each in single}.values())
+    yield from (tuple(last[:count]) for count in range(2, len(last) + 1))
     settings = resolved.settings
     if settings.data.seq_len > 1:
-        yield Candidate(
-            settings=(f"data.seq_len={settings.data.seq_len // 2}",),
-            words="rows of half the length: other rows, other updates",
-            keeps_update=False,
-        )
-    if settings.adapter is None:
-        yield Candidate(
-            settings=("adapter.lora.rank=16",),
-            words="trains small matrices beside the frozen model instead of all weights",
-            keeps_update=False,
-        )
+        half = f"data.seq_len={settings.data.seq_len // 2}"
+        yield (Candidate(settings=(half,), words="rows of half the length: other rows, other updates", keeps_update=False),)
+    if settings.adapter is None and settings.model.path is not None:
+        words = "trains small matrices beside the frozen model instead of all weights"
+        yield (Candidate(settings=("adapter.lora.rank=16",), words=words, keeps_update=False),)
     whole = settings.train.global_batch_size is not None
     for factor in (2, 4, 8, 16):
-        yield Candidate(
-            settings=(),
-            nodes=cluster.nodes * factor,
-            words=f"{cluster.nodes * factor} nodes" + ("" if whole else ": the global batch grows with them"),
-            keeps_update=whole,
-        )
+        words = "more machines" + ("" if whole else ": the global batch grows with them")
+        yield (Candidate(settings=(), nodes=cluster.nodes * factor, words=words, keeps_update=whole),)
 
 
 def single_changes(batch: BatchPlan, holding: Holding) -> Iterator[Candidate]:

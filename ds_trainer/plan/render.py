@@ -201,12 +201,12 @@ def _changes(plan: Plan, changes: Sequence[Change]) -> list[str]:
     if not changes:
         return ["No change that was tried makes it fit: a smaller model, or machines with more memory."]
     lines = ["What makes it fit, cheapest first; each was planned with the change in it"]
-    for change in changes:
-        setting = " ".join(_quoted(each) for each in change.settings) or f"--nodes {change.plan.request.cluster.nodes}"
-        lines.append(f"  {setting}")
-        mark = "" if change.keeps_update else " (the updates change)"
-        lines.append(f"      {change.words}{mark}")
-        lines.append(f"      {verdict(change.plan)}")
+    for number, change in enumerate(changes, 1):
+        for part in change.parts:
+            settings = " ".join(_quoted(each) for each in part.settings) or f"--nodes {part.nodes}"
+            lines.append(f"  {f'{number}.' if part is change.parts[0] else '  '} {settings}")
+            lines.append(f"       {part.words}" + ("" if part.keeps_update else " (the updates change)"))
+        lines.append(f"     {verdict(change.plan)}")
     return lines
 
 

@@ -180,36 +180,53 @@ def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A change that makes the run fit: planned, not guessed."""
+    """What makes a run fit: planned, not guessed."""
 
-    settings: tuple[str, ...]
-    """As one writes them behind the command; empty when the cluster is changed."""
-    words: str
-    keeps_update: bool
-    """Every update stays as it is."""
+    parts: tuple[advice.Candidate, ...]
+    """Every one is needed."""
     plan: Plan
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """As one writes them behind the command; empty when the cluster is changed."""
+        return tuple(setting for part in self.parts for setting in part.settings)
+
+    @property
+    def keeps_update(self) -> bool:
+        """Whether every update stays as it is."""
+        return all(part.keeps_update for part in self.parts)
 
 
 def changes_that_fit(plan: Plan, most: int = 5) -> list[Change]:
     """The cheapest changes that make a run fit which does not; those that leave every update as it is come first."""
-    found: list[Change] = []
-    for candidate in advice.candidates(plan.batch, plan.holding, plan.resolved, plan.request.cluster):
-        request = replace(
-            plan.request,
-            overrides=(*plan.request.overrides, *candidate.settings),
-            cluster=replace(plan.request.cluster, nodes=candidate.nodes or plan.request.cluster.nodes),
-        )
-        try:
-            again = make_plan(request)
-        except RefusedError:
-            continue  # what `train` would refuse is no advice
-        if again.fits:
-            found.append(
-                Change(settings=candidate.settings, words=candidate.words, keeps_update=candidate.keeps_update, plan=again)
-            )
+    found: dict[tuple[advice.Candidate, ...], Plan] = {}
+    for parts in advice.candidates(plan.batch, plan.holding, plan.resolved, plan.request.cluster):
+        again = _changed(plan, parts)
+        if again is None:
+            continue
+        for part in reversed(parts):  # what is dear and not needed goes
+            fewer = tuple(each for each in parts if each is not part)
+            if fewer and (without := _changed(plan, fewer)) is not None:
+                parts, again = fewer, without
+        found.setdefault(parts, again)
         if len(found) == most:
             break
-    return found
+    return [Change(parts=parts, plan=again) for parts, again in found.items()]
+
+
+def _changed(plan: Plan, parts: tuple[advice.Candidate, ...]) -> Plan | None:
+    """The plan with some changes, if it fits and `train` would not refuse it."""
+    cluster = plan.request.cluster
+    request = replace(
+        plan.request,
+        overrides=(*plan.request.overrides, *(setting for part in parts for setting in part.settings)),
+        cluster=replace(cluster, nodes=next((part.nodes for part in parts if part.nodes), cluster.nodes)),
+    )
+    try:
+        again = make_plan(request)
+    except RefusedError:
+        return None
+    return again if again.fits else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -199,9 +199,15 @@ run      0.0 h, 0.0 GPU hours
 note: the data has not been counted (`ds_trainer prepare` does): tokens are counted as if every position held one
 
 What makes it fit, cheapest first; each was planned with the change in it
-  deepspeed.zero_optimization.reduce_bucket_size=auto train.micro_batch_size=1 train.gradient_accumulation_steps=16 model.gradient_checkpointing=true deepspeed.zero_optimization.stage=3
-      gradients are reduced in smaller pieces: costs next to nothing; 4 x as many forwards of 1/4 the rows: the GPU is used less well; activations are computed again: a third more compute; weights are gathered in forward and backward: about 1.5 x the traffic
-      FITS: GPU memory of a rank: 39.7 GiB of 40 GiB, 307 MiB free; host memory of a node: 108 GiB of 1 TiB, 916 GiB free
+  1. deepspeed.zero_optimization.reduce_bucket_size=auto
+       gradients are reduced in smaller pieces: costs next to nothing
+     train.micro_batch_size=1 train.gradient_accumulation_steps=16
+       4 x as many forwards of 1/4 the rows: the GPU is used less well
+     model.gradient_checkpointing=true
+       activations are computed again: a third more compute
+     deepspeed.zero_optimization.stage=3
+       weights are gathered in forward and backward: about 1.5 x the traffic
+     FITS: GPU memory of a rank: 39.7 GiB of 40 GiB, 307 MiB free; host memory of a node: 108 GiB of 1 TiB, 916 GiB free
 """
 
 
