@@ -44,6 +44,8 @@ class Holding:
     reduce_bucket: int
     """Elements, as the sizes below."""
     overlap_comm: bool
+    reduces_to_all: bool
+    """Below stage 3: a bucket is all-reduced even where one rank owns its gradients."""
     contiguous_gradients: bool
     prefetch_bucket: int
     persistence_threshold: int
@@ -94,6 +96,7 @@ def holding_of(resolved: Resolved, engine: EngineConfig, batch: BatchPlan, *, ra
         gradient_checkpointing=settings.model.gradient_checkpointing,
         reduce_bucket=_count(zero, "reduce_bucket_size", 500_000_000),
         overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+        reduces_to_all=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
         contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
         prefetch_bucket=_count(zero, "stage3_prefetch_bucket_size", 50_000_000),
         persistence_threshold=_count(zero, "stage3_param_persistence_threshold", 100_000),

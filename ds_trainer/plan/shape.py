@@ -25,6 +25,7 @@ from ds_trainer.errors import ModelError
 from ds_trainer.model import load
 from ds_trainer.model.adapter import add_lora, base_of
 from ds_trainer.model.attention import DOCUMENTS
+from ds_trainer.model.tokenizer import require_folder
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import ModelBatch
 
@@ -114,6 +115,7 @@ def read_config(model: ModelSection) -> Any:
     if model.config is None and path is not None and not Path(path).exists():
         from transformers import AutoConfig
 
+        require_folder(path, "model.path")
         try:
             return AutoConfig.from_pretrained(
                 path, revision=model.revision, trust_remote_code=model.trust_remote_code, local_files_only=True

@@ -41,7 +41,9 @@ def step_traffic(shape: Shape, holding: Holding) -> Traffic:
     if holding.stage < 3:
         by_rank = {
             # Stage 1 adds the micro-steps up first; stage 2 has no room for that.
-            "gradients, all-reduced": 2 * ring * trained * (1 if holding.stage == 1 else steps),
+            f"gradients, {'all-reduced' if holding.reduces_to_all else 'reduced to their owners'}": (
+                (2 if holding.reduces_to_all else 1) * ring * trained * (1 if holding.stage == 1 else steps)
+            ),
             "new weights, gathered": ring * trained,
         }
     else:

@@ -27,6 +27,7 @@ HOLDING = Holding(
     gradient_checkpointing=False,
     reduce_bucket=1000,
     overlap_comm=False,
+    reduces_to_all=True,
     contiguous_gradients=True,
     prefetch_bucket=0,
     persistence_threshold=0,

@@ -21,6 +21,8 @@ def test_stage_1_reduces_once_a_step_and_stage_2_once_a_forward():
         "new weights, gathered": 3 / 4 * TRAINED,
     }
     assert traffic(stage=2, accumulation=5).by_rank["gradients, all-reduced"] == 5 * 2 * 3 / 4 * TRAINED
+    to_owners = traffic(stage=2, reduces_to_all=False).by_rank
+    assert to_owners["gradients, reduced to their owners"] == 3 / 4 * TRAINED
 
 
 def test_stage_3_gathers_twice_unless_the_weights_stay():
