@@ -76,6 +76,7 @@ def rank_memory(
     *,
     attention_mask: float,
     read_whole: Literal["by every rank", "by rank zero", "by nobody"],
+    from_files: bool,
 ) -> RankMemory:
     """Count what a rank holds.
 
@@ -85,6 +86,7 @@ def rank_memory(
         step: what a forward and backward pass keeps; with the gradients at stage 1 when there is one micro-step.
         attention_mask: bytes of a mask that the attention needs, if it needs one.
         read_whole: who has the whole model in host memory while it is built.
+        from_files: its weights are read, not drawn.
     """
     device, host, nvme = (_stage3 if holding.stage == 3 else _stages12)(shape, holding, step, attention_mask)
     copies = _saved_copies(shape, holding)
@@ -94,11 +96,8 @@ def rank_memory(
     if holding.on_cpu:
         phases = _on_cpu(shape, holding, step, device, host, copies)
         if read_whole != "by nobody":
-            phases["loading"] = {
-                "process": float(CPU_PROCESS),
-                "weights as they are built": whole,
-                "pages of their files": whole,
-            }
+            phases["loading"] = {"process": float(CPU_PROCESS), "weights as they are built": whole}
+            phases["loading"] |= {"pages of their files": whole} if from_files else {}
         return RankMemory(device=phases, host={}, nvme=nvme, checkpoint=checkpoint)
     for parts in device.values():
         parts["CUDA context and libraries (allowance)"] = CUDA_CONTEXT
@@ -218,7 +217,8 @@ def _stage3(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tupl
     # _prepare_fp32_grad_for_sub_group flattens and widens one sub-group at a time
     flat = part * (4 if width == 4 else width + 4) if home_optimizer else 0.0
     update = {**static, "fp32 gradients, flattened": float(flat)}
-    norm = {**static, "one gradient in fp64, for the norm": 8.0 * math.ceil(largest / ranks) if home_optimizer else 0.0}
+    gradient = max((math.ceil(each.numel / ranks) for each in shape.weights if each.trained), default=0)
+    norm = {**static, "one gradient in fp64, for the norm": 8.0 * gradient if home_optimizer else 0.0}
     host: Parts = {}
     nvme: Parts = {}
     if holding.optimizer_on == "cpu":
@@ -231,7 +231,7 @@ def _stage3(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tupl
     elif holding.optimizer_on == "nvme":
         nvme["optimizer states and fp32 gradients"] = float(own * (8 + holding.moment_bytes))
         host = {
-            "swap buffers of the optimizer": holding.optimizer_buffers * _pinned(4.0 * part, True),
+            "swap buffers of the optimizer": holding.optimizer_buffers * _pinned(4.0 * part, not holding.on_cpu),
             "gradients": _pinned(holding.gradient_bytes * own, holding.pin_optimizer),
         }
     if holding.weights_on == "cpu":
@@ -239,7 +239,9 @@ def _stage3(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tupl
     elif holding.weights_on == "nvme":
         nvme["weights"] = float(shards)
         host["weights kept in memory"] = _pinned(float(width * min(own, holding.max_in_cpu)), holding.pin_weights)
-        host["swap buffers of the weights"] = _pinned(float(width * holding.weight_buffers * holding.weight_buffer), True)
+        host["swap buffers of the weights"] = _pinned(
+            float(width * holding.weight_buffers * holding.weight_buffer), not holding.on_cpu
+        )
     return {"forward and backward": backward, "norm": norm, "update": update}, host, nvme
 
 

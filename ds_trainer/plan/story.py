@@ -139,6 +139,7 @@ def make_plan(request: Request) -> Plan:
         holding,
         step,
         attention_mask=float(mask),
+        from_files=settings.model.path is not None,
         read_whole="by every rank" if holding.stage < 3 else "by nobody" if sliced else "by rank zero",
     )
     length = length_of(resolved, batch)

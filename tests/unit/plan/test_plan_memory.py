@@ -63,7 +63,9 @@ def shape_of(weights: tuple[Weight, ...] = WEIGHTS) -> Shape:
 
 
 def memory_of(weights: tuple[Weight, ...] = WEIGHTS, step: StepPeak = STEP, **changed: object) -> RankMemory:
-    return rank_memory(shape_of(weights), replace(HOLDING, **changed), step, attention_mask=0.0, read_whole="by nobody")
+    return rank_memory(
+        shape_of(weights), replace(HOLDING, **changed), step, attention_mask=0.0, read_whole="by nobody", from_files=False
+    )
 
 
 def backward(memory: RankMemory) -> dict[str, float]:
