@@ -25,7 +25,7 @@ from ds_trainer.errors import ModelError
 from ds_trainer.model import load
 from ds_trainer.model.adapter import add_lora, base_of
 from ds_trainer.model.attention import DOCUMENTS
-from ds_trainer.model.tokenizer import require_folder
+from ds_trainer.model.tokenizer import first_line, require_folder
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import ModelBatch
 
@@ -138,7 +138,7 @@ def read_shape(model: str, adapter: str, precision: str) -> Shape:
         adapter: `settings.adapter` as JSON, or "null".
         precision: `train.precision`.
     """
-    built = _build(model, adapter, precision, _FUSED, gradient_checkpointing=False)
+    built = _build(model, adapter, precision, "eager", gradient_checkpointing=False)
     config = base_of(built).config.get_text_config()
     weights = tuple(Weight(name, each.numel(), each.requires_grad, each.dim() >= 2) for name, each in built.named_parameters())
     return Shape(
@@ -180,9 +180,11 @@ def trace(asked: Traced) -> StepPeak:
         ModelError: the model decides by the values of its tensors what it computes, so that it cannot be traced.
     """
     attention = {"eager": "eager", DOCUMENTS: _FUSED_DOCUMENTS}.get(asked.attention, _FUSED)
-    built = _build(asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing)
-    stack = _stack_of_equal_layers(base_of(built))
     try:
+        built = _build(
+            asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing
+        )
+        stack = _stack_of_equal_layers(base_of(built))
         if stack is None or asked.keep_gradients or len(stack[2]) <= _DEPTHS[1]:
             return _run(built, asked)
         owner, name, layers = stack
@@ -190,10 +192,12 @@ def trace(asked: Traced) -> StepPeak:
         for depth in _DEPTHS:
             setattr(owner, name, nn.ModuleList(list(layers)[:depth]))
             found.append(_run(built, asked))
-    except (RuntimeError, NotImplementedError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
         raise ModelError(
-            f"a {base_of(built).config.model_type} model cannot be traced without its weights "
-            f"({str(error).splitlines()[0][:160]}), so that its activations are not known ahead."
+            "this model cannot be traced without its weights, so that `plan` does not know its activations "
+            f"({type(error).__name__}: {first_line(error)}). Does its config belong to a model that trains?"
         ) from error
     first, second = found
     more = (len(layers) - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])

@@ -113,3 +113,22 @@ def test_a_model_of_the_hub_is_asked_for_its_config():
         read_config(ModelSection(path="meta-llama/Llama-3.1-8B"))
     assert "hf download meta-llama/Llama-3.1-8B config.json" in str(caught.value)
     assert "model.path=that/folder" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "mixtral", "num_local_experts": 4},
+        {"model_type": "gemma3_text", "head_dim": 16},
+        {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2},
+        {"model_type": "gpt_oss", "head_dim": 16, "num_local_experts": 4},
+    ],
+)
+def test_other_architectures_are_traced_by_their_own_code(fields):
+    found = traced(model=section(**fields), precision="bf16")
+    assert found.total >= found.forward > 2 * SEQ * HIDDEN * 10
+
+
+def test_a_model_that_cannot_be_traced_is_refused_in_words():
+    with pytest.raises(ModelError, match="cannot be traced without its weights"):
+        traced(model=section(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=8, moe_intermediate_size=32))
