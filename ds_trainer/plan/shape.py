@@ -27,6 +27,7 @@ from ds_trainer.model.adapter import add_lora, base_of
 from ds_trainer.model.attention import DOCUMENTS
 from ds_trainer.model.tokenizer import first_line, require_folder
 from ds_trainer.objectives import language_model
+from ds_trainer.plan.heap import Heap
 from ds_trainer.protocols import ModelBatch
 
 LARGE_BLOCK = 32 << 20
@@ -81,9 +82,9 @@ class StepPeak:
     total: float
     """Of everything together."""
     small: float
-    """Of blocks below LARGE_BLOCK."""
+    """What a heap takes for the blocks below LARGE_BLOCK, holes included."""
     large: float
-    """Of the others. The two peaks may be at different times."""
+    """Of the others alone. The peaks may be at different times."""
     forward: float
     """What the backward pass finds: the activations."""
 
@@ -252,8 +253,7 @@ def _run(model: Any, asked: Traced) -> StepPeak:
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    small, large = counter.peak
-    return StepPeak(total=counter.total, small=small, large=large, forward=forward)
+    return StepPeak(total=counter.total, small=counter.heap.peak, large=counter.peak_of_large, forward=forward)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -267,8 +267,11 @@ class _Alive(TorchDispatchMode):
         super().__init__()
         kept = [*model.parameters(), *model.buffers()]
         self._seen = {each.untyped_storage()._cdata: 0 for each in kept}
+        self.heap = Heap()
+        """Of the small blocks."""
         self.now = [0, 0]
-        self.peak = [0, 0]
+        """Small and large."""
+        self.peak_of_large = 0
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -281,13 +284,17 @@ class _Alive(TorchDispatchMode):
                     self._seen[storage._cdata] = size
                     which = int(size >= LARGE_BLOCK)
                     self.now[which] += size
+                    if not which:
+                        self.heap.allocate(storage._cdata, size)
                     weakref.finalize(storage, self._gone, storage._cdata, which)
-                    self.peak[which] = max(self.peak[which], self.now[which])
+                    self.peak_of_large = max(self.peak_of_large, self.now[1])
                     self.total = max(self.total, sum(self.now))
         return result
 
     def _gone(self, key: int, which: int) -> None:
         self.now[which] -= self._seen.pop(key)
+        if not which:
+            self.heap.free(key)
 
 
 @lru_cache(maxsize=1)
