@@ -342,11 +342,13 @@ def _on_cpu(
         )
 
     kept, gradients, gathered = step.small, None, None
-    if holding.stage < 3 and (holding.stage == 1 or holding.optimizer_on != "none"):
-        # With offload each gradient is cloned and widened to fp64 on its way ([12] set_norm_for_param_grad_in_gpu).
-        small, large = split([each for each in shape.weights if each.trained])
-        kept += small
-        gradients = large if holding.stage == 1 else None
+    small_trained, large_trained = split([each for each in shape.weights if each.trained])
+    if holding.stage != 2 or holding.optimizer_on != "none":
+        # They stay (stage 1), or are copied on their way: cloned and widened to fp64 for offload ([12]
+        # set_norm_for_param_grad_in_gpu), scattered by gloo from a copy (stage 3).
+        kept += small_trained
+    if holding.stage == 1:
+        gradients = large_trained
     elif holding.stage == 3:
         live = live_parameters(shape, holding) * holding.weight_bytes
         small, large = split(list(shape.weights))

@@ -30,9 +30,10 @@ from ds_trainer.objectives import language_model
 from ds_trainer.plan.heap import Heap
 from ds_trainer.protocols import ModelBatch
 
-LARGE_BLOCK = 32 << 20
+LARGE_BLOCK = 33 << 20
 """From here on glibc asks the system for a block of its own, and gives it back when it is freed; smaller ones stay with the
-process. Source: mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX; `engine/build.py` sets the same."""
+process. A little above glibc's 32 MiB, since rows are seldom quite full and their blocks a little smaller than planned. Source:
+mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX; `engine/build.py` sets the same."""
 _FUSED, _FUSED_DOCUMENTS = "plan", "plan_documents"
 """Our names for an attention that never holds the scores, as flash attention on any device, and as `documents` calls it."""
 _DEPTHS = (2, 4)

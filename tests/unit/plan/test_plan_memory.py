@@ -193,7 +193,7 @@ def test_large_blocks_are_given_back_and_small_ones_kept():
     found = memory_of(weights, on_cpu=True, weight_bytes=4, stage=3, ranks=2, max_reuse_distance=10**9)
     parts = found.device["forward and backward"]
     assert parts["gathered weights"] == LARGE_BLOCK
-    assert parts["small blocks, which the allocator keeps"] == STEP.small + 2 * (LARGE_BLOCK - 8)
+    assert parts["small blocks, which the allocator keeps"] == STEP.small + (1 + 2) * (LARGE_BLOCK - 8)
     assert parts["activations"] == STEP.large
 
 
