@@ -309,6 +309,71 @@ def check(
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
+    sets: Sets = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines, all alike.")] = 1,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs of a node; by default those seen here.")] = None,
+    cpu_ranks: Annotated[
+        int | None, typer.Option("--cpu-ranks", min=1, help="Ranks of a node that train on the CPU, instead of --gpus.")
+    ] = None,
+    gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", help="Of one GPU, such as 80GiB.")] = None,
+    host_memory: Annotated[str | None, typer.Option("--host-memory", help="Of one node, such as 1TiB.")] = None,
+    nvme: Annotated[str | None, typer.Option("--nvme", help="Local disk of one node for offload, such as 4TiB.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Compare all ZeRO stages and offloads in one table.")] = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option("--tflops", min=0.001, help="What a GPU achieves, in 10^12 operations a second: for time and price."),
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0.0, help="Of a GPU for an hour; needs --tflops.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what a run will take on a cluster, before it is paid for: memory, steps, traffic, time; and what makes it fit.
+
+    Needs no GPU and no weights. Exits with 8, as a run that is out of memory does, when it does not fit.
+    """
+    if price is not None and tflops is None:
+        raise RefusedError("--price needs --tflops: the price follows from the time. Add for example --tflops 400.")
+    from ds_trainer.launch.commands import visible_devices
+    from ds_trainer.monitor.logs import hushed
+    from ds_trainer.plan.cluster import asked_cluster
+
+    with hushed():
+        from ds_trainer.plan import render, story
+
+        cluster, notes = asked_cluster(
+            nodes=nodes,
+            gpus=gpus,
+            cpu_ranks=cpu_ranks,
+            gpu_memory=gpu_memory,
+            host_memory=host_memory,
+            nvme=nvme,
+            visible=visible_devices(os.environ),
+            here=story.memory_here,
+        )
+        request = story.Request(
+            config=config,
+            deepspeed=deepspeed,
+            overrides=(*(overrides or []), *(sets or [])),
+            cluster=cluster,
+            notes=tuple(notes),
+        )
+        planned = story.make_plan(request)
+        changes = [] if planned.fits else story.changes_that_fit(planned)
+        rows = story.sweep(request) if sweep else []
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(render.as_json(planned, changes=changes, rows=rows, tflops=tflops, price=price), indent=1))
+    else:
+        typer.echo(render.as_text(planned, changes=changes, rows=rows, tflops=tflops, price=price))
+    if not planned.fits:
+        raise typer.Exit(EXIT_OUT_OF_MEMORY)
+
+
+@app.command()
 def prepare(
     config: Config,
     overrides: Overrides = None,

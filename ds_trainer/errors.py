@@ -27,7 +27,7 @@ EXIT_NON_FINITE = 6
 EXIT_HANG = 7
 """A rank made no progress for too long."""
 EXIT_OUT_OF_MEMORY = 8
-"""The device or the host had no more memory."""
+"""The device or the host had no more memory; of `plan`: would have none."""
 EXIT_PREEMPTED = 75
 """Asked to end, and saved: start the same command again. The number is EX_TEMPFAIL, which schedulers requeue on."""
 EXIT_BY_SIGNAL = 128

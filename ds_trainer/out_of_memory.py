@@ -6,10 +6,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ds_trainer.arguments.engine_config import offload_device, zero_stage
 from ds_trainer.assemble import Prepared
 from ds_trainer.errors import OutOfMemoryError
 from ds_trainer.monitor import memory
+from ds_trainer.plan.advice import single_changes
+from ds_trainer.plan.holding import holding_of
+from ds_trainer.plan.memory import states_of
 
 
 @contextmanager
@@ -33,40 +35,27 @@ def explained_memory(prepared: Prepared) -> Iterator[list[int]]:
 
 def out_of_memory(prepared: Prepared, counts: list[int], said: str) -> str:
     """What to say when memory runs out on this rank: the shape of the batch, what is held, the settings to change first."""
-    settings, batch = prepared.resolved.settings, prepared.batch
-    stage, seq_len = zero_stage(prepared.resolved), settings.data.seq_len
-    ranks = prepared.launch.world_size
-    offload_optimizer = offload_device(prepared.resolved, "offload_optimizer") != "none"
-    offload_param = offload_device(prepared.resolved, "offload_param") != "none"
-    held = "the model was not yet built"
-    if counts:
-        states = memory.states_bytes(
-            parameters=counts[0],
-            trained=counts[1],
-            precision=settings.train.precision,
-            stage=stage,
-            ranks=ranks,
-            offload_optimizer=offload_optimizer,
-            offload_param=offload_param,
-        )
-        held = "of that by count " + ", ".join(f"{name} {size / memory.GIB:.2f} GiB" for name, size in states.items())
-    changes = memory.what_to_change(
-        micro_batch_size=batch.micro_batch_size,
-        gradient_accumulation_steps=batch.gradient_accumulation_steps,
-        seq_len=seq_len,
-        gradient_checkpointing=settings.model.gradient_checkpointing,
-        stage=stage,
-        ranks=ranks,
-        offload_optimizer=offload_optimizer,
-        offload_param=offload_param,
+    settings, batch, launch = prepared.resolved.settings, prepared.batch, prepared.launch
+    seq_len = settings.data.seq_len
+    holding = holding_of(
+        prepared.resolved,
+        prepared.engine_config,
+        batch,
+        ranks_per_node=launch.local_world_size,
         device_type=prepared.device.type,
     )
+    held = "the model was not yet built"
+    if counts:
+        states = states_of(holding, parameters=counts[0], trained=counts[1])
+        held = "of that by count " + ", ".join(f"{name} {size / memory.GIB:.2f} GiB" for name, size in states.items())
+    changes = [" ".join(each.settings) for each in single_changes(batch, holding)][:3]
+    changes += [f"data.seq_len={max(1, seq_len // 2)}", "a smaller model, or more ranks"][: 3 - len(changes)]
     return "\n".join(
         [
             f"out of memory on {prepared.device} of {socket.gethostname()}, with micro_batch_size x seq_len = "
-            f"{batch.micro_batch_size} x {seq_len} positions a forward at ZeRO stage {stage} on {ranks} ranks.",
+            f"{batch.micro_batch_size} x {seq_len} positions a forward at ZeRO stage {holding.stage} on {holding.ranks} ranks.",
             f"Held by this rank: {memory.measured(prepared.device)}; {held}. The rest is activations and buffers.",
-            "Change one of these, the first ones first:",
+            "Change one of these, the first ones first (`ds_trainer plan` says by how much each helps):",
             *(f"  {each}" for each in changes),
             f"({said.splitlines()[0][:300] if said else 'MemoryError'})",
         ]

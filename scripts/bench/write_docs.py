@@ -16,7 +16,7 @@ from typing import Any
 
 from common import RESULTS, ROOT, shown, shown_with
 
-PAGES = [ROOT / "docs" / name for name in ("performance.md", "reliability.md")]
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "reliability.md", "plan.md")]
 MARKED = re.compile(r"(<!-- (bench (\w+)|goals|summary) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

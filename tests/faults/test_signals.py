@@ -145,6 +145,6 @@ def test_out_of_memory_says_what_is_held_and_what_to_change(run_file, tmp_path):
     assert ended["code"] == 8
     assert "out of memory on cpu of " in ended["reason"]
     assert "micro_batch_size x seq_len = 2 x 48 positions a forward at ZeRO stage 2 on 2 ranks" in ended["reason"]
-    assert "of that by count parameters 0.00 GiB, gradients 0.00 GiB, optimizer states 0.00 GiB" in ended["reason"]
+    assert "of that by count weights 0.00 GiB, gradients 0.00 GiB, optimizer states 0.00 GiB" in ended["reason"]
     assert "  train.micro_batch_size=1 train.gradient_accumulation_steps=2\n" in ended["reason"]
     assert done.text.count("rank 1 of 2 on ") == 1

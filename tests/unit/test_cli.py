@@ -34,7 +34,7 @@ def test_a_forgotten_subcommand_is_named(capsys, before):
 
 
 def test_every_subcommand_explains_itself(capsys):
-    for word in ("train", "debug", "check", "export"):
+    for word in ("train", "debug", "check", "plan", "export"):
         code, text = said(capsys, word, "--help")
         assert code == 0
         assert "--help" in text

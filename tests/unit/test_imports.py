@@ -14,9 +14,21 @@ GROUND = {"comm", "nonfinite", "protocols", "state"}
 PARTS = {"engine", "data", "model", "objectives", "checkpoint", "monitor"}
 LOOP = {"loop"}
 STORIES = {
-    *("train", "recovery", "agreement", "debug", "check", "export", "prepare", "assemble", "run_data", "verify", "doctor"),
-    "out_of_memory",
-    "endings",
+    *(
+        "train",
+        "recovery",
+        "agreement",
+        "debug",
+        "check",
+        "export",
+        "prepare",
+        "assemble",
+        "run_data",
+        "verify",
+        "doctor",
+        "plan",
+    ),
+    *("endings", "out_of_memory"),
 }
 TOP = {"cli", "__main__", "__init__"}
 HEAVY = {"torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers"}

@@ -1,0 +1,134 @@
+"""The shape of a model and what its step keeps, counted on the meta device."""
+
+import json
+
+import pytest
+from helpers import TINY_LLAMA
+
+from ds_trainer.arguments.schema import AdapterSection, LoraSection, ModelSection
+from ds_trainer.errors import ModelError
+from ds_trainer.plan import shape
+from ds_trainer.plan.shape import Traced, read_config, read_shape, trace
+
+HIDDEN, INNER, HEADS, SEQ = 64, 128, 4, 48
+
+
+def section(layers: int = 2, **fields: object) -> str:
+    config = {
+        **TINY_LLAMA,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": HEADS,
+        "tie_word_embeddings": False,
+        **fields,
+    }
+    return ModelSection(config=config, tokenizer="x").model_dump_json()
+
+
+LORA = AdapterSection(lora=LoraSection(rank=8)).model_dump_json()
+
+
+def traced(layers: int = 2, **changed: object) -> shape.StepPeak:
+    fields = {
+        "model": section(layers),
+        "adapter": "null",
+        "precision": "fp32",
+        "attention": "documents",
+        "gradient_checkpointing": False,
+        "rows": 1,
+        "seq_len": SEQ,
+        "keep_gradients": False,
+    }
+    return trace(Traced(**{**fields, **changed}))
+
+
+def test_parameters_are_those_of_the_architecture():
+    found = read_shape(section(), "null", "bf16")
+    layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN
+    assert found.total == found.trained == 2 * layer + 2 * 320 * HIDDEN + HIDDEN
+    assert found.largest_module == 320 * HIDDEN
+    assert [each.decays for each in found.weights if each.name.endswith("norm.weight")] == [False] * 5
+    tied = read_shape(section(tie_word_embeddings=True), "null", "bf16")
+    assert tied.total == found.total - 320 * HIDDEN
+
+
+def test_lora_trains_two_matrices_beside_each_linear_layer():
+    found = read_shape(section(), LORA, "bf16")
+    beside = 8 * (4 * 2 * HIDDEN + 3 * (HIDDEN + INNER))
+    assert found.trained == 2 * beside
+    assert found.total == read_shape(section(), "null", "bf16").total + 2 * beside
+
+
+def test_a_layer_keeps_what_its_backward_pass_needs():
+    # Each norm: its input, the normalised input, its output, and one number a position; attention: query, key, value, output,
+    # one number a head, and the output in one piece; the MLP: gate, up, silu(gate), their product.
+    position = 4 * (2 * (3 * HIDDEN + 1) + 4 * HIDDEN + HEADS + HIDDEN + 4 * INNER)
+    assert traced(3).forward - traced(2).forward == position * SEQ
+
+
+def test_checkpointing_keeps_one_vector_a_position_and_layer():
+    kept = traced(3, gradient_checkpointing=True).forward - traced(2, gradient_checkpointing=True).forward
+    assert kept == 4 * HIDDEN * SEQ
+    assert traced(8, gradient_checkpointing=True).total < traced(8).total / 3
+
+
+def test_many_layers_follow_from_two_short_traces(monkeypatch):
+    short = [traced(layers, gradient_checkpointing=each) for layers in (6, 9) for each in (True, False)]
+    monkeypatch.setattr(shape, "_stack_of_equal_layers", lambda model: None)
+    trace.cache_clear()
+    assert [traced(layers, gradient_checkpointing=each) for layers in (6, 9) for each in (True, False)] == short
+
+
+def test_gradients_that_stay_count_in_the_peak():
+    assert traced(4, keep_gradients=True).total >= 4 * read_shape(section(4), "null", "fp32").total
+
+
+def test_bf16_keeps_less():
+    assert traced(precision="bf16").forward < traced().forward
+
+
+def test_eager_attention_keeps_the_scores_and_no_other_does():
+    def bend(attention: str) -> float:
+        """What a row of twice the length takes beyond twice as much."""
+        long, short = (traced(attention=attention, seq_len=each).forward for each in (2 * SEQ, SEQ))
+        return long - 2 * short
+
+    scores = 2 * HEADS * 4 * ((2 * SEQ) ** 2 - 2 * SEQ**2)  # of two layers, in fp32, once
+    assert bend("eager") - bend("documents") == scores
+    assert bend("sdpa") == bend("documents")
+
+
+def test_without_the_chunked_loss_the_logits_are_there():
+    fields = json.loads(section(vocab_size=32768))["config"]
+    whole, chunked = (
+        traced(model=ModelSection(config=fields, tokenizer="x", chunked_loss=each).model_dump_json(), seq_len=4096).total
+        for each in (False, True)
+    )
+    assert whole - chunked > 4096 * 32768 * 4
+
+
+def test_a_model_of_the_hub_is_asked_for_its_config():
+    with pytest.raises(ModelError) as caught:
+        read_config(ModelSection(path="meta-llama/Llama-3.1-8B"))
+    assert "hf download meta-llama/Llama-3.1-8B config.json" in str(caught.value)
+    assert "model.path=that/folder" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "mixtral", "num_local_experts": 4},
+        {"model_type": "gemma3_text", "head_dim": 16},
+        {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2},
+        {"model_type": "gpt_oss", "head_dim": 16, "num_local_experts": 4},
+    ],
+)
+def test_other_architectures_are_traced_by_their_own_code(fields):
+    found = traced(model=section(**fields), precision="bf16")
+    assert found.total >= found.forward > 2 * SEQ * HIDDEN * 10
+
+
+def test_a_model_that_cannot_be_traced_is_refused_in_words():
+    with pytest.raises(ModelError, match="cannot be traced without its weights"):
+        traced(model=section(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=8, moe_intermediate_size=32))
