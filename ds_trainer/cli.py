@@ -19,6 +19,7 @@ from ds_trainer.errors import (
     EXIT_BY_SIGNAL,
     EXIT_DONE,
     EXIT_FAILED,
+    EXIT_OUT_OF_MEMORY,
     EXIT_REFUSED,
     ArgumentsError,
     DsTrainerError,

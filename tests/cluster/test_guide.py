@@ -32,7 +32,8 @@ class Shell:
         """Type a line and wait until it is done; what the terminal shows."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{line}\necho '[done' $?]\n")
+        # ssh would read the lines that come after its own.
+        self.process.stdin.write(f"{{ {line}\n}} </dev/null\necho '[done' $?]\n")
         self.process.stdin.flush()
         shown = []
         for answer in self.process.stdout:
