@@ -137,8 +137,8 @@ def main() -> None:
             }
         ],
         notes=[
-            f"Of each CPU figure, {CPU_PROCESS / 2**20:.0f} MiB is the process without a model; "
-            f"measured here: {base / 2**20:.0f} MiB."
+            f"Of each CPU figure, {CPU_PROCESS / 2**20:.0f} MiB is the process without a model"
+            + ("; measured by an earlier run, planned anew." if last else f"; measured here: {base / 2**20:.0f} MiB.")
         ],
         packages=versions("torch", "deepspeed", "transformers", "peft"),
     )
