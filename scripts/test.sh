@@ -16,7 +16,7 @@ if [ $# -gt 0 ]; then
     exit
 fi
 python -m pytest tests/unit tests/configs
-processes=(tests/ranks tests/launch tests/faults tests/gpu)
+processes=(tests/ranks tests/launch tests/cluster tests/faults tests/gpu)
 python -m pytest "${processes[@]}" || {
     printf '\n>>> the tests that failed, once more\n'
     python -m pytest --last-failed "${processes[@]}"
