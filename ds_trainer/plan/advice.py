@@ -129,5 +129,5 @@ def single_changes(batch: BatchPlan, holding: Holding) -> Iterator[Candidate]:
         nvme = f"{{device: nvme, nvme_path: {NVME}}}"
         yield Candidate(
             settings=(f"{_ZERO}offload_optimizer={nvme}", f"{_ZERO}offload_param={nvme}", *to_stage3),
-            words="a disk's speed; such a run cannot be resumed",
+            words="weights and optimizer states come from a disk, and go back, in every step",
         )
