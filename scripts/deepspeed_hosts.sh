@@ -4,7 +4,7 @@
 set -euo pipefail
 hostfile=${1:?which hostfile?} config=${2:?which run file?}
 shift 2
-ds_trainer doctor --hostfile "$hostfile" --config "$config"
+ds_trainer doctor --hostfile "$hostfile" --config "$config" "$@"
 # A variable first: where the command is refused, nothing is started.
 command=$(ds_trainer launch-command --hostfile "$hostfile" --config "$config" "$@")
 eval "exec $command"

@@ -53,10 +53,12 @@ def choose_command(
     if hostfile is not None:
         hosts = read_hostfile(hostfile)
         return _torchrun_hosts(commands, hosts) if launcher == "torchrun" else _deepspeed_hosts(commands, hosts, hostfile)
-    if nodes := environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES"):
-        return _slurm(commands, environ, int(nodes), launcher)
+    if environ.get("SLURM_JOB_ID"):
+        return _slurm(commands, environ, launcher)
     processes = _counted(commands.process_count, "process", "processes")
     devices = _counted(commands.device_count or 0, "GPU", "GPUs")
+    if commands.device_count and "CUDA_VISIBLE_DEVICES" in environ:
+        devices += f" (CUDA_VISIBLE_DEVICES = {environ['CUDA_VISIBLE_DEVICES']})"
     return Choice(
         seen=f"this machine with {devices}" + ("" if commands.device_count else f": {processes} on the CPU, as an example"),
         commands=(commands.deepspeed() if launcher == "deepspeed" else commands.torchrun(),),
@@ -90,21 +92,43 @@ def _torchrun_hosts(commands: Commands, hosts: Sequence[HostSlots]) -> Choice:
     )
 
 
-def _slurm(commands: Commands, environ: Mapping[str, str], nodes: int, launcher: LauncherName | None) -> Choice:
+def _slurm(commands: Commands, environ: Mapping[str, str], launcher: LauncherName | None) -> Choice:
     if launcher == "deepspeed":
         raise RefusedError(
             "in a SLURM job srun starts torchrun on each node; `deepspeed` knows the nodes from a hostfile alone. "
             "Leave out --launcher, or give --hostfile too."
         )
-    on_node = re.match(r"[0-9]+", environ.get("SLURM_GPUS_ON_NODE", ""))
-    commands = dataclasses.replace(commands, device_count=int(on_node[0]) if on_node else commands.device_count)
+    nodes = _counted_by_slurm(environ, "SLURM_JOB_NUM_NODES") or _counted_by_slurm(environ, "SLURM_NNODES")
+    if nodes is None:
+        raise RefusedError(
+            f"SLURM_JOB_ID = {environ['SLURM_JOB_ID']}, but SLURM_JOB_NUM_NODES is not set: how many nodes has the job? Run this "
+            "in the batch script or in the shell of salloc; where the variable is left over, first: unset SLURM_JOB_ID"
+        )
+    on_node = _counted_by_slurm(environ, "SLURM_GPUS_ON_NODE")
+    commands = dataclasses.replace(commands, device_count=on_node or commands.device_count)
+    processes = _counted(commands.process_count, "process", "processes")
     return Choice(
         seen=f"SLURM job {environ.get('SLURM_JOB_ID', '?')} with {_counted(nodes, 'node', 'nodes')}, "
-        + ("no GPU" if not commands.device_count else f"{_counted(commands.device_count, 'GPU', 'GPUs')} on this one"),
+        + (
+            f"{_counted(commands.device_count, 'GPU', 'GPUs')} on this one"
+            if commands.device_count
+            else f"no GPUs: {processes} on the CPU of each, as an example"
+        ),
         commands=(commands.srun(),),
-        where="in the batch script, or in the shell of salloc",
+        where="in the batch script (scripts/slurm.sbatch is one that saves and requeues in time), or in the shell of salloc",
         world_size=nodes * commands.process_count,
     )
+
+
+def _counted_by_slurm(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name, "")
+    if not text:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", text):
+        raise RefusedError(
+            f"{name} = {text}: SLURM writes a number from 1 on there. If it is left over in this shell: unset {name}"
+        )
+    return int(text)
 
 
 def _seen(hosts: Sequence[HostSlots], hostfile: Path | None = None) -> str:

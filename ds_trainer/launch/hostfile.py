@@ -38,12 +38,22 @@ def read_hostfile(path: Path) -> tuple[HostSlots, ...]:
     Raises:
         ArgumentsError: every line that is not `NAME slots=N`, or a file that names no host.
     """
+    if path.exists() and not path.is_file():
+        raise _refused(
+            str(path), "is no file. Name one with a line `NAME slots=N` for each host, as in hostfiles/two_nodes.hostfile."
+        )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise _refused(str(path), f"cannot be read ({error.strerror}); `deepspeed` would train on this machine alone") from None
+        raise _refused(
+            str(path),
+            f"cannot be read ({error.strerror}), and `deepspeed` would train on this machine alone. Write one, a line "
+            "`NAME slots=N` for each host, or leave --hostfile out for this machine.",
+        ) from None
     except UnicodeDecodeError as error:
-        raise _refused(str(path), f"is no text: byte {error.start} is not UTF-8") from None
+        raise _refused(
+            str(path), f"is no text: byte {error.start} is not UTF-8. Write a line `NAME slots=N` for each host."
+        ) from None
     hosts: dict[str, HostSlots] = {}
     problems = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -95,7 +105,9 @@ def _wrong_slots(name: str, slots: str | None) -> str | None:
         near = bool(key and difflib.get_close_matches(key[0], ["slots", "slot", "gpus", "max_slots"]))
         number = digits[0] if digits and near else "8"
         return f"`{slots}` is not `slots=N` with a whole number and nothing after it. Write `{name} slots={number}`."
-    if not 1 <= int(found[1]) <= MAX_SLOTS or found[1].startswith("0"):
+    if found[1].startswith("0") and 1 <= int(found[1]) <= MAX_SLOTS:
+        return f"`{slots}` begins with a zero. Write `{name} slots={int(found[1])}`."
+    if not 1 <= int(found[1]) <= MAX_SLOTS:
         return f"`{slots}`: a host runs 1 to {MAX_SLOTS} processes, one a device. Leave out a line for a host that runs none."
     return None
 

@@ -88,6 +88,27 @@ def test_in_a_slurm_job_srun_starts_a_torchrun_a_node():
         choose_command(TRAIN, job, launcher="deepspeed")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SLURM_JOB_NUM_NODES", each) for each in ("abc", "0", "-1", "1.5", "9" * 20)]
+    + [("SLURM_GPUS_ON_NODE", each) for each in ("abc", "0", "-3", "99999999")],
+)
+def test_a_slurm_variable_that_is_no_count_is_refused_by_name(name, value):
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "3", name: value}
+    with pytest.raises(RefusedError, match=f"{name} = {value}: .* unset {name}"):
+        choose_command(TRAIN, job)
+
+
+def test_a_job_without_a_number_of_nodes_is_not_guessed_at_and_without_gpus_the_cpu_is_an_example():
+    with pytest.raises(RefusedError, match="SLURM_JOB_NUM_NODES is not set"):
+        choose_command(TRAIN, {"SLURM_JOB_ID": "17"})
+    cpu = choose_command(Commands(device_count=0), {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2"})
+    assert (cpu.seen, cpu.world_size) == (
+        "SLURM job 17 with 2 nodes, no GPUs: 2 processes on the CPU of each, as an example",
+        4,
+    )
+
+
 @pytest.mark.parametrize("word", AWKWARD)
 def test_a_word_passes_deepspeed_and_the_remote_shell_of_pdsh_unchanged(word):
     """DeepSpeed's own handling of a word, then a shell as ssh starts it."""

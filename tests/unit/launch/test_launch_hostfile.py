@@ -1,5 +1,6 @@
 """A hostfile is read strictly: what DeepSpeed would misread, run elsewhere or execute is refused with its line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ from ds_trainer.errors import ArgumentsError
 from ds_trainer.launch.hostfile import HostSlots, read_hostfile
 
 SHIPPED = sorted((Path(__file__).parents[3] / "hostfiles").glob("*.hostfile"))
+
+
+def test_the_mark_that_some_editors_begin_a_file_with_is_passed_over(tmp_path):
+    assert hosts(tmp_path, "\ufeffnode1 slots=8\n")[0].name == "node1"
 
 
 def hosts(tmp_path, text):
@@ -46,7 +51,7 @@ def test_the_shipped_hostfiles_are_read(path):
         ("node1 slots=0", "1 to 64 processes"),
         ("node1 slots=-1", "is not `slots=N`"),
         ("node1 slots=1.5", "is not `slots=N`"),
-        ("node1 slots=08", "1 to 64 processes"),
+        ("node1 slots=08", "Write `node1 slots=8`."),
         ("node1 slots=99999999999", "1 to 64 processes"),
         ("node1 slots=8;id", "nothing after it"),
         ("-oProxyCommand=touch${IFS}/tmp/x slots=1", "ssh would take it as an option"),
@@ -93,8 +98,10 @@ def test_a_file_that_names_no_host_is_refused(tmp_path, text):
 def test_a_file_that_is_missing_a_folder_or_no_text_is_refused(tmp_path):
     with pytest.raises(ArgumentsError, match=r"No such file or directory.*would train on this machine alone"):
         read_hostfile(tmp_path / "hosts")
-    with pytest.raises(ArgumentsError, match="Is a directory"):
-        read_hostfile(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    for no_file in (tmp_path, tmp_path / "fifo"):
+        with pytest.raises(ArgumentsError, match="is no file"):
+            read_hostfile(no_file)
     (tmp_path / "binary").write_bytes(b"node1 slots=\xff")
     with pytest.raises(ArgumentsError, match="byte 12 is not UTF-8"):
         read_hostfile(tmp_path / "binary")
