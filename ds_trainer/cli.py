@@ -214,15 +214,11 @@ def debug(
     if pdb and listen is not None:
         raise RefusedError("--pdb with --listen: one debugger at a time. Leave one of them out.")
     launch = _single_process()
-    if listen is not None:
-        from ds_trainer.debug.listen import wait_for_ide
-
-        wait_for_ide(listen, lambda line: print(f"ds_trainer: {line}", flush=True))
     from ds_trainer.debug.begin import begin
 
     settings = [*(overrides or []), *(sets or [])]
     try:
-        begin(asked, launch, config=config, deepspeed=deepspeed, settings=settings, replay=replay)
+        begin(asked, launch, config=config, deepspeed=deepspeed, settings=settings, replay=replay, listen=listen)
     except DsTrainerError as error:
         if pdb:
             print(f"ds_trainer: {error}", file=sys.stderr, flush=True)
@@ -326,9 +322,13 @@ def plan(
     sweep: Annotated[bool, typer.Option("--sweep", help="Compare all ZeRO stages and offloads in one table.")] = False,
     tflops: Annotated[
         float | None,
-        typer.Option("--tflops", min=0.001, help="What a GPU achieves, in 10^12 operations a second: for time and price."),
+        typer.Option(
+            "--tflops", min=0.001, max=1e6, help="What a GPU achieves, in 10^12 operations a second: for time and price."
+        ),
     ] = None,
-    price: Annotated[float | None, typer.Option("--price", min=0.0, help="Of a GPU for an hour; needs --tflops.")] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0.0, max=1e6, help="Of a GPU for an hour; needs --tflops.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say what a run will take on a cluster, before it is paid for: memory, steps, traffic, time; and what makes it fit.
@@ -515,14 +515,25 @@ def doctor(
     """
     import json
 
+    if config is None and (overrides or sets or deepspeed or build):
+        raise RefusedError(
+            "doctor examines the settings of a run file, and the ops it needs, with --config alone: "
+            "ds_trainer doctor --config run.yaml [section.key=value ...]"
+        )
+
+    from ds_trainer.arguments.engine_config import solve_run_batch
     from ds_trainer.doctor import report as page
     from ds_trainer.doctor.examine import Wishes, examine
     from ds_trainer.doctor.judge import judge
     from ds_trainer.launch.hostfile import read_hostfile
 
+    hosts = read_hostfile(hostfile) if hostfile else None
+    resolved = _resolve(config, deepspeed, overrides, sets, None) if config else None
+    if hosts and resolved:
+        solve_run_batch(resolved, sum(host.slots for host in hosts))  # refuses a batch that so many ranks cannot share
     wishes = Wishes(
-        hosts=read_hostfile(hostfile) if hostfile else None,
-        resolved=_resolve(config, deepspeed, overrides, sets, None) if config else None,
+        hosts=hosts,
+        resolved=resolved,
         launcher=launcher.value,
         port=port,
         seconds=timeout,

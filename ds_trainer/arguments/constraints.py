@@ -71,6 +71,15 @@ class Constraint:
 
 
 _ZERO = "deepspeed.zero_optimization"
+NOT_AT_STAGE_3 = (
+    "round_robin_gradients",
+    "ignore_unused_parameters",
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "use_multi_rank_bucket_allreduce",
+    "parameter_alignment",
+)
+"""Keys of `zero_optimization` that stages 1 and 2 alone take."""
 _TOTAL_STEPS = "deepspeed.scheduler.params.total_num_steps"
 _DS_SOURCE = "DeepSpeed 0.19.8"
 
@@ -351,14 +360,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
             f"`{key}` is ignored at ZeRO stage 3. Remove it.",
             f"{_DS_SOURCE} runtime/engine.py hands it to stages 1 and 2 only",
         )
-        for key in (
-            "round_robin_gradients",
-            "ignore_unused_parameters",
-            "allgather_bucket_size",
-            "allgather_partitions",
-            "use_multi_rank_bucket_allreduce",
-            "parameter_alignment",
-        )
+        for key in NOT_AT_STAGE_3
     ),
     Constraint(
         "partial_offload_needs_stage_3",

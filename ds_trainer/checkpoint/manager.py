@@ -46,7 +46,9 @@ def find(folder: Path, resume: str, report: Callable[[str], None], *, was_saved:
     if resume != "auto":
         found, why = _verify(Path(resume))
         if found is None:
-            raise ResumeError(f"--resume {resume}: {why}. Name a folder such as {folder / layout.checkpoint_name(100)}.")
+            beside = [str(path) for path in layout.complete_checkpoints(Path(resume).parent) if path != Path(resume)]
+            others = ", ".join(beside) or folder / layout.checkpoint_name(100)
+            raise ResumeError(f"{resume} cannot be continued: {why}. Name another checkpoint, such as {others}.")
         return found
     rejected = []
     for path in comm.from_rank_zero(list(reversed(layout.complete_checkpoints(folder)))):

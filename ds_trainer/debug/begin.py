@@ -23,6 +23,7 @@ def begin(
     deepspeed: Path | None,
     settings: Sequence[str],
     replay: Path | None,
+    listen: int | None = None,
 ) -> None:
     """Tell the story of a debug run.
 
@@ -33,6 +34,7 @@ def begin(
         deepspeed: a DeepSpeed JSON; replaces that of the run file.
         settings: `section.key=value` texts of the command line.
         replay: the folder of a crashed run.
+        listen: the port an IDE is waited for on, once the settings are known to be right.
 
     Raises:
         DsTrainerError: with a text for the user.
@@ -49,6 +51,10 @@ def begin(
     run = Path(resolved.settings.checkpoint.folder)
     if asked.checkpoint is not None:
         asked = dataclasses.replace(asked, checkpoint=named(asked.checkpoint, run))
+    if listen is not None:
+        from ds_trainer.debug.listen import wait_for_ide
+
+        wait_for_ide(listen, lambda line: print(f"ds_trainer: {line}", flush=True))
 
     from ds_trainer import comm
     from ds_trainer.debug.lower import lowered

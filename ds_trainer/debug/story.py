@@ -163,11 +163,16 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ResumeError: it is none.
     """
+    there = [str(path) for path in complete_checkpoints(checkpoint.parent)]
+    others = (
+        f"There is {', '.join(there)}." if there else "Name the folder of one, such as out/my-run/checkpoints/step_00000100."
+    )
+    if not checkpoint.is_dir():
+        raise ResumeError(f"--from {checkpoint}: there is no such folder. {others}")
     try:
         return read_manifest(checkpoint)
     except ValueError as error:
-        there = [str(path) for path in complete_checkpoints(checkpoint.parent)]
-        raise ResumeError(f"--from {checkpoint}: {error}. There is {', '.join(there) or 'none beside it'}.") from None
+        raise ResumeError(f"--from {checkpoint}: is no complete checkpoint: {error}. {others}") from None
 
 
 def batch_of(resolved: Resolved, world_size: int | None) -> BatchPlan:

@@ -258,7 +258,7 @@ def port_owner(port: int) -> dict[str, Any] | None:
             with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
                 return {
                     "pid": int(pid),
-                    "command": file.read().replace(b"\0", b" ").decode(errors="replace")[:80],
+                    "command": " ".join(file.read().replace(b"\0", b" ").decode(errors="replace").split())[:80],
                     "free": free,
                 }
     return {"pid": None, "command": None, "free": free}

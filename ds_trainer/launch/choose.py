@@ -101,8 +101,8 @@ def _slurm(commands: Commands, environ: Mapping[str, str], launcher: LauncherNam
     nodes = _counted_by_slurm(environ, "SLURM_JOB_NUM_NODES") or _counted_by_slurm(environ, "SLURM_NNODES")
     if nodes is None:
         raise RefusedError(
-            f"SLURM_JOB_ID = {environ['SLURM_JOB_ID']}, but SLURM_JOB_NUM_NODES is not set: how many nodes has the job? Run this "
-            "in the batch script or in the shell of salloc; where the variable is left over, first: unset SLURM_JOB_ID"
+            f"SLURM_JOB_ID = {environ['SLURM_JOB_ID']}, but SLURM_JOB_NUM_NODES is not set: how many nodes has the job? Run "
+            "this in the batch script or in the shell of salloc; where the variable is left over, first: unset SLURM_JOB_ID"
         )
     on_node = _counted_by_slurm(environ, "SLURM_GPUS_ON_NODE")
     commands = dataclasses.replace(commands, device_count=on_node or commands.device_count)

@@ -100,7 +100,8 @@ def parse(text: str, where: str) -> tuple[dict[str, str], list[tuple[str, str, s
         name, equals, value = line.partition("=")
         name, value = name.strip(), value.strip()
         here = f"{where}:{number}"
-        remove = f"remove the line: sed -i {number}d {where}"
+        # By what a line holds, not by its number: numbers move with the first line that goes.
+        remove = f"keep what is NAME=value: sed -i -E '/^\\s*[A-Za-z_]\\w*\\s*=/!d; /^\\s*ACCELERATE_/d' {where}"
         if not equals:
             kind = "blank" if not line.strip() else f"`{line.strip()[:40]}`, without `=`"
             problems.append((here, f"{kind}: DeepSpeed 0.19.8 stops with a ValueError", remove))

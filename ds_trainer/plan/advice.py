@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ds_trainer.arguments.batch import BatchPlan
+from ds_trainer.arguments.constraints import NOT_AT_STAGE_3
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.plan.cluster import Cluster
 from ds_trainer.plan.holding import Holding
@@ -18,8 +19,10 @@ def stages_and_offloads(written: Iterable[str]) -> Iterator[tuple[str, tuple[str
     """The combinations that the sweep compares: in words, and as settings on top of what is written.
 
     Args:
-        written: keys of the block `zero_optimization`; those that only stage 3 takes are taken back for the others.
+        written: keys of the block `zero_optimization`; those that a stage does not take are taken back for it.
     """
+    written = list(written)
+    only_below = [f"{_ZERO}{key}=null" for key in written if key in NOT_AT_STAGE_3]
     only_stage3 = [
         f"{_ZERO}{key}=null" for key in written if key.startswith(("stage3_", "zero_hpz", "zero_quantized", "sub_group"))
     ]
@@ -34,7 +37,7 @@ def stages_and_offloads(written: Iterable[str]) -> Iterator[tuple[str, tuple[str
             f"{_ZERO}offload_optimizer={off[optimizer]}",
             f"{_ZERO}offload_param={off[weights]}",
         ]
-        yield words, (*settings, *(only_stage3 if stage < 3 else ()))
+        yield words, (*settings, *(only_stage3 if stage < 3 else only_below))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -220,7 +220,7 @@ def _sweep(rows: Sequence[Row]) -> list[str]:
     table = [["", "a rank", "host of a node", "sent a step", "to the host", ""]]
     for row in rows:
         if row.plan is None:
-            table.append([row.name, "-", "-", "-", "-", f"refused: {row.refused[:80]}"])
+            table.append([row.name, "-", "-", "-", "-", f"refused: {row.refused}"])
             continue
         needs = {each.what: each.taken for each in row.plan.needs}
         table.append(
@@ -230,7 +230,7 @@ def _sweep(rows: Sequence[Row]) -> list[str]:
                 in_words(needs["host memory of a node"]),
                 in_words(sum(row.plan.traffic.by_rank.values())),
                 in_words(row.plan.traffic.to_host) if row.plan.traffic.to_host else "-",
-                "fits" if row.plan.fits else "does not fit",
+                _fits(row.plan),
             ]
         )
     widths = [max(len(line[column]) for line in table) for column in range(6)]
@@ -238,6 +238,12 @@ def _sweep(rows: Sequence[Row]) -> list[str]:
         "Stages and offloads, all else as it is",
         *("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table),
     ]
+
+
+def _fits(plan: Plan) -> str:
+    if not plan.fits:
+        return "does not fit"
+    return "fits" if any(each.there is not None for each in plan.needs) else "-"  # nobody said what is there
 
 
 def as_json(

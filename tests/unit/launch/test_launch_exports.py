@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from ds_trainer.launch.exports import parse, read_exports, that_matter
@@ -30,15 +32,15 @@ def test_the_file_here_wins_over_the_one_at_home_and_over_the_shell(tmp_path):
 @pytest.mark.parametrize(
     ("line", "what", "fix"),
     [
-        ("", "blank", "sed -i 2d env"),
-        ("# a comment", "`# a comment`, without `=`", "sed -i 2d env"),
-        ("#A=1", "`#A` is no name of a variable", "sed -i 2d env"),
-        ("export A=1", "`export A` is no name", "sed -i 2d env"),
-        ("A;rm=1", "`A;rm` is no name", "sed -i 2d env"),
+        ("", "blank", "sed -i -E"),
+        ("# a comment", "`# a comment`, without `=`", "sed -i -E"),
+        ("#A=1", "`#A` is no name of a variable", "sed -i -E"),
+        ("export A=1", "`export A` is no name", "sed -i -E"),
+        ("A;rm=1", "`A;rm` is no name", "sed -i -E"),
         ("A=$(id)", "A: the value holds '$'", "without these characters"),
         ("A=`id`", "A: the value holds '`'", "without these characters"),
         ('A="x"', "A: the value holds '\"'", "without these characters"),
-        ("ACCELERATE_MIXED_PRECISION=no", "accelerate wrote it", "sed -i 2d env"),
+        ("ACCELERATE_MIXED_PRECISION=no", "accelerate wrote it", "sed -i -E"),
     ],
 )
 def test_a_line_that_breaks_the_launcher_or_a_shell_is_named(line, what, fix):
@@ -49,6 +51,17 @@ def test_a_line_that_breaks_the_launcher_or_a_shell_is_named(line, what, fix):
     assert where == "env:2"
     assert what in found
     assert fix in advice
+
+
+def test_the_fix_for_several_lines_can_be_run_for_each_of_them(tmp_path):
+    path = tmp_path / "env"
+    path.write_text("\n\nGOOD=1\n# no\n  GOOD2 = 2\nA;rm=1\nACCELERATE_X=1\nGOOD3=3\n")
+    variables, problems = parse(path.read_text(), str(path))
+    assert len(problems) == 5
+    for *_, fix in problems:
+        subprocess.run(["sh", "-c", fix.partition(": ")[2]], check=True, timeout=10)
+    assert parse(path.read_text(), str(path)) == (variables, [])
+    assert sorted(variables) == ["GOOD", "GOOD2", "GOOD3"]
 
 
 def test_what_the_shell_expands_and_a_file_that_anybody_may_write_are_named(tmp_path):
