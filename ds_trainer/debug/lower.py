@@ -1,4 +1,4 @@
-"""Make a run for a cluster fit the machine `debug` runs on, and say what that changes. `train` refuses instead."""
+"""Make a run for a cluster fit the machine `debug` runs on, and say what that changes. `train` does none of it."""
 
 from __future__ import annotations
 
