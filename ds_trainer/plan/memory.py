@@ -332,7 +332,7 @@ def _on_cpu(
     A freed block below LARGE_BLOCK stays with the process, so that the most the small ones ever took counts in every phase;
     of large blocks only those that are alive do. What small blocks leave does not serve others: glibc before 2.38 gives an
     aligned request no hole of just its size (bug 14581), and torch's requests are aligned. So small gradients lie beside what
-    the activations left, and a weight that is gathered at stage 3 beside the one before it.
+    the activations left, and a weight that is gathered at stage 3 beside the hole of the copy that its gather made.
     """
 
     def split(weights: list[Weight]) -> tuple[float, float]:

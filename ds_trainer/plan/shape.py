@@ -83,7 +83,7 @@ class StepPeak:
     total: float
     """Of everything together."""
     small: float
-    """What a heap takes for the blocks below LARGE_BLOCK, holes included."""
+    """What a heap takes for the blocks below LARGE_BLOCK, holes included; 0 but on the CPU."""
     large: float
     """Of the others alone. The peaks may be at different times."""
     forward: float
@@ -105,6 +105,8 @@ class Traced:
     seq_len: int
     keep_gradients: bool
     """The gradients stay with the parameters to the end of the pass, as at ZeRO-1, and count."""
+    on_cpu: bool
+    """The heap of small blocks is replayed."""
 
 
 def read_config(model: ModelSection) -> Any:
@@ -176,7 +178,8 @@ def trace(asked: Traced) -> StepPeak:
     """Run a forward and backward pass on the meta device and count what is alive.
 
     In a model whose layers are all alike, the peak is a straight line over their number, so that two short traces give any
-    depth; not where gradients are kept, which grow in the backward pass while activations go.
+    depth; not where gradients are kept, which grow in the backward pass while activations go, nor for a heap, whose holes grow
+    as they please.
 
     Raises:
         ModelError: the model decides by the values of its tensors what it computes, so that it cannot be traced.
@@ -187,7 +190,7 @@ def trace(asked: Traced) -> StepPeak:
             asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing
         )
         stack = _stack_of_equal_layers(base_of(built))
-        if stack is None or asked.keep_gradients or len(stack[2]) <= _DEPTHS[1]:
+        if stack is None or asked.keep_gradients or asked.on_cpu or len(stack[2]) <= _DEPTHS[1]:
             return _run(built, asked)
         owner, name, layers = stack
         found = []
@@ -244,7 +247,7 @@ def _run(model: Any, asked: Traced) -> StepPeak:
         for each in model.parameters():
             if each.requires_grad:
                 hooks.append(each.register_post_accumulate_grad_hook(_drop_gradient))
-    counter = _Alive(model)
+    counter = _Alive(model, Heap() if asked.on_cpu else None)
     try:
         with counter:
             loss = language_model.nll_sum(model, batch)
@@ -254,7 +257,8 @@ def _run(model: Any, asked: Traced) -> StepPeak:
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    return StepPeak(total=counter.total, small=counter.heap.peak, large=counter.peak_of_large, forward=forward)
+    small = counter.heap.peak if counter.heap else 0
+    return StepPeak(total=counter.total, small=small, large=counter.peak_of_large, forward=forward)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -264,11 +268,11 @@ def _drop_gradient(parameter: Tensor) -> None:
 class _Alive(TorchDispatchMode):
     """Counts the bytes of the storages that operations make and that are still alive; parameters and buffers do not count."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, heap: Heap | None) -> None:
         super().__init__()
         kept = [*model.parameters(), *model.buffers()]
         self._seen = {each.untyped_storage()._cdata: 0 for each in kept}
-        self.heap = Heap()
+        self.heap = heap
         """Of the small blocks."""
         self.now = [0, 0]
         """Small and large."""
@@ -285,7 +289,7 @@ class _Alive(TorchDispatchMode):
                     self._seen[storage._cdata] = size
                     which = int(size >= LARGE_BLOCK)
                     self.now[which] += size
-                    if not which:
+                    if self.heap and not which:
                         self.heap.allocate(storage._cdata, size)
                     weakref.finalize(storage, self._gone, storage._cdata, which)
                     self.peak_of_large = max(self.peak_of_large, self.now[1])
@@ -294,7 +298,7 @@ class _Alive(TorchDispatchMode):
 
     def _gone(self, key: int, which: int) -> None:
         self.now[which] -= self._seen.pop(key)
-        if not which:
+        if self.heap and not which:
             self.heap.free(key)
 
 

@@ -128,6 +128,7 @@ def make_plan(request: Request) -> Plan:
             rows=batch.micro_batch_size,
             seq_len=settings.data.seq_len,
             keep_gradients=gradients_grow(holding),
+            on_cpu=holding.on_cpu,
         )
     )
     masked = attention in ("sdpa", "eager")

@@ -21,16 +21,25 @@ def test_an_equal_block_does_not_fit_into_the_hole_of_one_before():
 
 def test_neighbours_that_are_free_are_one_hole_and_the_top_is_given_back():
     heap = Heap()
+    for key in (1, 2, 3, 4):
+        heap.allocate(key, 1600)
+    heap.free(2)
+    heap.free(3)
+    heap.allocate(5, 3000)  # fits into both holes together
+    assert heap.peak == 4 * (1600 + HEADER)
+    heap.free(4)
+    heap.allocate(6, 1600)
+    assert heap.peak == 4 * (1600 + HEADER)
+
+
+def test_every_second_block_has_a_splinter_before_it_that_separates_holes():
+    heap = Heap()
     for key in (1, 2, 3):
         heap.allocate(key, 1600)
     heap.free(1)
     heap.free(2)
-    heap.allocate(4, 3000)  # fits into both holes together
-    assert heap.peak == 3 * (1600 + HEADER)
-    heap.free(4)
-    heap.free(3)
-    heap.allocate(5, 3 * 1600)
-    assert heap.peak == 3 * 1600 + 3 * HEADER
+    heap.allocate(4, 3000)
+    assert heap.peak == 3 * (1600 + HEADER) + 3008 + HEADER
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 10**6)), max_size=80))

@@ -39,6 +39,7 @@ def traced(layers: int = 2, **changed: object) -> shape.StepPeak:
         "rows": 1,
         "seq_len": SEQ,
         "keep_gradients": False,
+        "on_cpu": False,
     }
     return trace(Traced(**{**fields, **changed}))
 
@@ -82,6 +83,16 @@ def test_many_layers_follow_from_two_short_traces(monkeypatch):
 
 def test_gradients_that_stay_count_in_the_peak():
     assert traced(4, keep_gradients=True).total >= 4 * read_shape(section(4), "null", "fp32").total
+
+
+def test_on_the_cpu_the_heap_of_every_layer_is_replayed():
+    shallow, deep = (traced(layers, on_cpu=True, gradient_checkpointing=True) for layers in (4, 8))
+    assert (shallow.total, deep.total) == tuple(traced(layers, gradient_checkpointing=True).total for layers in (4, 8))
+    # All blocks are small here, and no block finds its place in a hole of just its size.
+    assert (shallow.large, deep.large) == (0, 0)
+    assert shallow.small > 1.3 * shallow.total
+    assert deep.small - shallow.small > 2 * (deep.total - shallow.total)
+    assert traced(4).small == 0
 
 
 def test_bf16_keeps_less():
