@@ -8,9 +8,6 @@ from ds_trainer.arguments.engine_config import needed_ops
 from ds_trainer.arguments.merge import Resolved
 from ds_trainer.check import named_paths, on_the_hub
 
-BYTES_A_TRAINED_PARAMETER = 12
-"""Of a checkpoint: the weight and Adam's two moments, in fp32 each (`engine.state.snapshot`)."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
@@ -62,17 +59,11 @@ def checkpoint_bytes(resolved: Resolved) -> tuple[int, str]:
     Raises:
         ModelError: the model's config cannot be read here.
     """
-    import torch
-
-    from ds_trainer.assemble import parameter_counts
-    from ds_trainer.model import load
-    from ds_trainer.model.adapter import add_lora
+    from ds_trainer.plan.memory import checkpoint_of
+    from ds_trainer.plan.shape import read_shape
 
     settings = resolved.settings
-    with torch.device("meta"):
-        model = load.build_model(load.load_config(settings.model), precision="fp32", attention="eager")
-        if settings.adapter:
-            model = add_lora(model, settings.adapter.lora, settings.train.seed)
-    _, trained = parameter_counts(model)
-    size = trained * BYTES_A_TRAINED_PARAMETER
-    return size, f"{trained:,} trained parameters x {BYTES_A_TRAINED_PARAMETER} bytes"
+    adapter = settings.adapter.model_dump_json() if settings.adapter else "null"
+    trained = read_shape(settings.model.model_dump_json(), adapter, settings.train.precision).trained
+    size = int(sum(checkpoint_of(trained).values()))
+    return size, f"{trained:,} trained parameters x {size // max(1, trained)} bytes"

@@ -47,6 +47,16 @@ class RankMemory:
         return max(((name, sum(parts.values())) for name, parts in phases.items()), key=lambda each: each[1], default=("", 0.0))
 
 
+def checkpoint_of(trained: int, moment_bytes: int = 8) -> Parts:
+    """What one checkpoint takes on the disk: what `engine.state.snapshot` gives, without its JSON.
+
+    Args:
+        trained: parameters that are trained.
+        moment_bytes: of the optimizer for each of them; Adam has two moments in fp32.
+    """
+    return {"fp32 weights": 4.0 * trained, "optimizer states": float(moment_bytes * trained)}
+
+
 def states_of(holding: Holding, *, parameters: int, trained: int) -> Parts:
     """What the states of the model take on the device of one rank; activations and buffers come on top.
 
@@ -90,8 +100,7 @@ def rank_memory(
     """
     device, host, nvme = (_stage3 if holding.stage == 3 else _stages12)(shape, holding, step, attention_mask)
     copies = _saved_copies(shape, holding)
-    saved = shape.trained * (4 + holding.moment_bytes)
-    checkpoint = {"fp32 weights": 4.0 * shape.trained, "optimizer states": float(saved - 4 * shape.trained)}
+    checkpoint = checkpoint_of(shape.trained, holding.moment_bytes)
     whole = float(shape.total * holding.weight_bytes)
     if holding.on_cpu:
         phases = _on_cpu(shape, holding, step, device, host, copies)
