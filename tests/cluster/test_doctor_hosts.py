@@ -125,6 +125,7 @@ def test_what_is_broken_on_a_host_is_named_together(make_hosts: MakeHosts, corpu
         corpus,
         tmp_path,
         data={"sources": [{"path": str(data), "format": "text"}]},
+        train={"global_batch_size": 65},  # a row for each of the 65 slots below
         deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         checkpoint={"folder": str(tmp_path / "disk" / "run")},
     )
@@ -173,7 +174,7 @@ def test_what_is_broken_on_a_host_is_named_together(make_hosts: MakeHosts, corpu
     version = metadata.parent.name.removeprefix("deepspeed-").removesuffix(".dist-info")
     failures = {
         ("pdsh", "here"): ("not installed", "apt-get install pdsh"),
-        ("deepspeed_env", "here"): (".deepspeed_env:2: blank", "sed -i 2d"),
+        ("deepspeed_env", "here"): (".deepspeed_env:2: blank", "sed -i -E"),
         ("variables", here.name): ("HF_HOME of this shell is lost", 'echo "HF_HOME=$HF_HOME" >> ~/.deepspeed_env'),
         ("variables", other.name): ("HF_HOME of this shell is lost", 'echo "HF_HOME=$HF_HOME" >> ~/.deepspeed_env'),
         ("versions", other.name): (f"deepspeed 9.{version}, elsewhere {version}", f"pip install deepspeed=={version}"),

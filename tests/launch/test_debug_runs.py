@@ -63,7 +63,7 @@ def test_one_process_sees_what_each_rank_saw_with_its_dropout(forks, run_file, c
     )
     refused = forks.run(Command(["debug", *arguments, "--from", "step_00000003"]))
     assert refused.codes == [4]
-    assert "step_00000003: has no manifest.json. There is " in refused.text
+    assert "step_00000003: there is no such folder. There is " in refused.text
 
 
 @pytest.fixture(scope="module")
