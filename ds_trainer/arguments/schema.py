@@ -215,6 +215,8 @@ class MonitorSection(Section):
 
     log_every_steps: PositiveInt = 10
     """Optimizer steps between two lines of metrics."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """10^12 operations a second of one device at most, in `train.precision`: what MFU is a share of. Known for common GPUs."""
     tensorboard: dict[str, Any] | None = None
     """DeepSpeed's `tensorboard` block."""
     wandb: dict[str, Any] | None = None

@@ -26,6 +26,7 @@ from ds_trainer.model import load
 from ds_trainer.model.adapter import add_lora, base_of
 from ds_trainer.model.attention import DOCUMENTS
 from ds_trainer.model.tokenizer import first_line, require_folder
+from ds_trainer.monitor.metrics import ModelFlops, model_flops
 from ds_trainer.objectives import language_model
 from ds_trainer.plan.heap import Heap
 from ds_trainer.protocols import ModelBatch
@@ -60,10 +61,10 @@ class Shape:
     """In the order of `model.parameters()`; tied ones once."""
     largest_module: int
     """Parameters of the module that holds most itself: what ZeRO-3 gathers at once at least."""
-    hidden_size: int
     vocabulary_size: int
     num_layers: int
     buffers_bytes: int
+    flops: ModelFlops
 
     @property
     def total(self) -> int:
@@ -149,10 +150,10 @@ def read_shape(model: str, adapter: str, precision: str) -> Shape:
         model_type=base_of(built).config.model_type,
         weights=weights,
         largest_module=max(sum(each.numel() for each in module.parameters(recurse=False)) for module in built.modules()),
-        hidden_size=config.hidden_size,
         vocabulary_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         buffers_bytes=sum(each.numel() * each.element_size() for each in built.buffers()),
+        flops=model_flops(((each.name, each.numel, each.trained) for each in weights), config),
     )
 
 
@@ -241,6 +242,7 @@ def _run(model: Any, asked: Traced) -> StepPeak:
         target_positions=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         targets=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         num_tokens=ids.numel(),
+        num_pairs=ids.numel(),
     )
     hooks = []
     if not asked.keep_gradients:
