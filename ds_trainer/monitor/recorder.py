@@ -71,7 +71,7 @@ class Recorder:
         self._waits: deque[float] = deque(maxlen=max(every_steps, FEWEST_STEPS))
         self._forwards: deque[float] = deque(maxlen=max(every_steps, FEWEST_STEPS))
         self._named: set[tuple[int, str]] = set()
-        self._stall = 0.0
+        self._stall: dict[str, float] = {}
         self.last_loss: float | None = None
         self.skipped = 0
         self._last: tuple[int, Any] = 0, None
@@ -190,14 +190,14 @@ class Recorder:
             self.write_events([("evaluate/loss", loss, step)])
         self._watch.lap()
 
-    def stopped_for_save(self) -> None:
-        """Take in how long training stood still for the checkpoint that is being written."""
-        self._stall = self._watch.lap()
+    def stopped_for_save(self, probe_seconds: float) -> None:
+        """Take in how long training stood still for the checkpoint that is being written, and how much of it for its probe."""
+        self._stall = {"stall_seconds": round(self._watch.lap(), 3), "probe_seconds": round(probe_seconds, 3)}
 
     def saved(self, *, step: int, path: str, num_bytes: int, seconds: float, untidy: str | None) -> None:
         """Take a complete checkpoint in."""
         if comm.rank() == 0:
-            fields = {"bytes": num_bytes, "seconds": round(seconds, 3), "stall_seconds": round(self._stall, 3)}
+            fields = {"bytes": num_bytes, "seconds": round(seconds, 3), **self._stall}
             self.folder.event("saved", step=step, path=path, **fields)
             self.progress.say(f"step {step}: saved {path}")
             if untidy is not None:
