@@ -36,7 +36,7 @@ from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import ArgumentsError, ModelError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.monitor.metrics import model_flops, peak_flops, uncounted
 from ds_trainer.monitor.recorder import Speed
 from ds_trainer.objectives import language_model
@@ -141,7 +141,8 @@ def build(prepared: Prepared, report: Report) -> Engine:
             seed=settings.train.seed,
         )
         if settings.adapter:
-            model = add_lora(model, settings.adapter.lora, settings.train.seed)
+            sharded = zero_stage(prepared.resolved) == 3
+            model = add_adapter(model, settings.adapter, settings.train.seed, gather if sharded else None)
     loss = language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
     total, trained = parameter_counts(model)
     report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trained:,} of them trained; {loss}")
@@ -152,6 +153,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
         optimizer_kind=optimizer_kind(prepared.resolved, prepared.device.type),
         own_schedule=not uses_deepspeed_scheduler(prepared.resolved),
         train=settings.train,
+        lora_plus=settings.adapter.lora.learning_rate_ratio if settings.adapter and settings.adapter.lora else 1.0,
         max_steps=prepared.plan.max_steps,
         report=report,
     )

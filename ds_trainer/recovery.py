@@ -244,7 +244,8 @@ def optimization(prepared: Prepared) -> dict[str, Any]:
     """What decides the update besides the gradient: DeepSpeed restores it from the checkpoint, whatever the settings say."""
     train_settings = prepared.resolved.settings.train
     names = ("learning_rate", "schedule", "warmup_steps", "min_learning_rate", "weight_decay", "betas", "eps")
-    found = {name: getattr(train_settings, name) for name in names}
+    by_group = ("no_weight_decay", "layer_learning_rate_decay")
+    found = {name: getattr(train_settings, name) for name in (*names, *by_group)}
     if train_settings.schedule != "constant":
         found["max_steps"] = prepared.plan.max_steps  # the falling schedules end there
     return found

@@ -23,7 +23,7 @@ from ds_trainer.arguments.constraints import DTYPES
 from ds_trainer.arguments.schema import AdapterSection, ModelSection
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.model.attention import DOCUMENTS
 from ds_trainer.model.tokenizer import first_line, require_folder
 from ds_trainer.monitor.metrics import ModelFlops, model_flops
@@ -169,7 +169,7 @@ def _build(model: str, adapter: str, precision: str, attention: str, *, gradient
         )
         load.finish_model(built, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
         if adapter != "null":
-            built = add_lora(built, AdapterSection.model_validate_json(adapter).lora, 0)
+            built = add_adapter(built, AdapterSection.model_validate_json(adapter), 0)
     language_model.attach(base_of(built), chunked=section.chunked_loss)
     return built
 
