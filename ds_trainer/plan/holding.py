@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_trainer.arguments.batch import BatchPlan
-from ds_trainer.arguments.engine_config import EngineConfig, offload_device, written_optimizer, zero_stage
+from ds_trainer.arguments.engine_config import (
+    EngineConfig,
+    offload_device,
+    reason_against_whole_layers,
+    written_optimizer,
+    zero_stage,
+)
 from ds_trainer.arguments.merge import Resolved
 
 TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -48,6 +54,8 @@ class Holding:
     """Below stage 3: a bucket is all-reduced even where one rank owns its gradients."""
     contiguous_gradients: bool
     prefetch_bucket: int
+    whole_layers: bool
+    """Stage 3 gathers decoder layers whole, where the model allows it."""
     persistence_threshold: int
     max_reuse_distance: int
     sub_group: int
@@ -99,6 +107,7 @@ def holding_of(resolved: Resolved, engine: EngineConfig, batch: BatchPlan, *, ra
         reduces_to_all=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
         contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
         prefetch_bucket=_count(zero, "stage3_prefetch_bucket_size", 50_000_000),
+        whole_layers=stage == 3 and reason_against_whole_layers(zero) is None,
         persistence_threshold=_count(zero, "stage3_param_persistence_threshold", 100_000),
         max_reuse_distance=_count(zero, "stage3_max_reuse_distance", 1_000_000_000),
         sub_group=_count(zero, "sub_group_size", 1_000_000_000),

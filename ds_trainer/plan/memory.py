@@ -214,9 +214,9 @@ def _stage3(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tupl
     backward = {
         **static,
         "gathered weights": float(width * live_parameters(shape, holding)),
-        "weights on their way (prefetch, gather)": width * (holding.prefetch_bucket + shape.largest_module)
+        "weights on their way (prefetch, gather)": width * (holding.prefetch_bucket + gathered_at_once(shape, holding))
         if not holding.on_cpu
-        else _copied_by_gloo(holding, width * largest),
+        else _copied_by_gloo(holding, width * max(largest, gathered_at_once(shape, holding))),
         "activations": step.total,
         "attention mask": mask,
         # reduce_scatter_coalesced concatenates a bucket's gradients; gloo copies them once more
@@ -264,7 +264,12 @@ def live_parameters(shape: Shape, holding: Holding) -> int:
     """
     split = sum(each.numel for each in shape.weights if each.numel > holding.persistence_threshold)
     passes = 3 if holding.gradient_checkpointing else 2
-    return min(split, holding.max_reuse_distance // passes + shape.largest_module)
+    return min(split, holding.max_reuse_distance // passes + gathered_at_once(shape, holding))
+
+
+def gathered_at_once(shape: Shape, holding: Holding) -> int:
+    """Elements of weights that stage 3 gathers for one module: with all it contains, if decoder layers are gathered whole."""
+    return max(shape.largest_module, shape.whole_layer if holding.whole_layers else 0)
 
 
 def _own_partition(weights: Sequence[Weight], ranks: int) -> tuple[int, int, int]:

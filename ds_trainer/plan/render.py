@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_trainer.arguments.engine_config import zero_stage
 from ds_trainer.plan.cluster import GIB, in_words
-from ds_trainer.plan.memory import Parts
+from ds_trainer.plan.memory import Parts, gathered_at_once
 from ds_trainer.plan.story import Change, Need, Plan, Row
 
 
@@ -268,6 +268,7 @@ def as_json(
             "parameters": plan.shape.total,
             "trained": plan.shape.trained,
             "largest_module": plan.shape.largest_module,
+            "gathered_at_once": gathered_at_once(plan.shape, plan.holding),
             "layers": plan.shape.num_layers,
         },
         "zero_stage": plan.holding.stage,

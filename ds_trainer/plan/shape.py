@@ -7,7 +7,6 @@ keep, and not a formula for one architecture. No weights are read.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +22,9 @@ from ds_trainer.arguments.constraints import DTYPES
 from ds_trainer.arguments.schema import AdapterSection, ModelSection
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import base_of
 from ds_trainer.model.attention import DOCUMENTS
+from ds_trainer.model.layers import decoder_layers, meta_model, whole_layers
 from ds_trainer.model.tokenizer import first_line, require_folder
 from ds_trainer.objectives import language_model
 from ds_trainer.plan.heap import Heap
@@ -60,6 +60,10 @@ class Shape:
     """In the order of `model.parameters()`; tied ones once."""
     largest_module: int
     """Parameters of the module that holds most itself: what ZeRO-3 gathers at once at least."""
+    whole_layer: int
+    """Parameters of the largest decoder layer that ZeRO-3 may gather whole; see `model/layers.py`. 0: none."""
+    whole_layers: int
+    """How many may be gathered so."""
     hidden_size: int
     vocabulary_size: int
     num_layers: int
@@ -103,6 +107,8 @@ class Traced:
     gradient_checkpointing: bool
     rows: int
     seq_len: int
+    whole_layers: bool
+    """The gradients of a decoder layer stay to the end of its backward pass, as where ZeRO-3 gathers it whole, and count."""
     keep_gradients: bool
     """The gradients stay with the parameters to the end of the pass, as at ZeRO-1, and count."""
     on_cpu: bool
@@ -145,10 +151,13 @@ def read_shape(model: str, adapter: str, precision: str) -> Shape:
     built = _build(model, adapter, precision, "eager", gradient_checkpointing=False)
     config = base_of(built).config.get_text_config()
     weights = tuple(Weight(name, each.numel(), each.requires_grad, each.dim() >= 2) for name, each in built.named_parameters())
+    whole = whole_layers(built)
     return Shape(
         model_type=base_of(built).config.model_type,
         weights=weights,
         largest_module=max(sum(each.numel() for each in module.parameters(recurse=False)) for module in built.modules()),
+        whole_layer=whole.numel,
+        whole_layers=len(whole.indices),
         hidden_size=config.hidden_size,
         vocabulary_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
@@ -159,16 +168,15 @@ def read_shape(model: str, adapter: str, precision: str) -> Shape:
 def _build(model: str, adapter: str, precision: str, attention: str, *, gradient_checkpointing: bool) -> Any:
     """The model as `assemble.build` makes it, on the meta device."""
     section = ModelSection.model_validate_json(model)
-    config = read_config(section)
     _register_fused()
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        built: Any = load.build_model(
-            config, precision=precision, attention=attention, trust_remote_code=section.trust_remote_code
-        )
-        load.finish_model(built, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
-        if adapter != "null":
-            built = add_lora(built, AdapterSection.model_validate_json(adapter).lora, 0)
+    built = meta_model(
+        read_config(section),
+        precision=precision,
+        attention=attention,
+        trust_remote_code=section.trust_remote_code,
+        gradient_checkpointing=gradient_checkpointing,
+        lora=AdapterSection.model_validate_json(adapter).lora if adapter != "null" else None,
+    )
     language_model.attach(base_of(built), chunked=section.chunked_loss)
     return built
 
@@ -215,15 +223,11 @@ def trace(asked: Traced) -> StepPeak:
 
 def _stack_of_equal_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
     """Where the layers of a model are, if they are all alike: their owner, its name for them, and the list."""
-    count = model.config.get_text_config().num_hidden_layers
-    for owner in model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count > 1:
-                shapes = [
-                    [(inner, each.shape, each.requires_grad) for inner, each in layer.named_parameters()] for layer in child
-                ]
-                return (owner, name, child) if all(each == shapes[0] for each in shapes) else None
-    return None
+    found = decoder_layers(model)
+    if found is None or len(found[2]) < 2:
+        return None
+    shapes = [[(name, each.shape, each.requires_grad) for name, each in layer.named_parameters()] for layer in found[2]]
+    return found if all(each == shapes[0] for each in shapes) else None
 
 
 def _run(model: Any, asked: Traced) -> StepPeak:
@@ -242,10 +246,15 @@ def _run(model: Any, asked: Traced) -> StepPeak:
         targets=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         num_tokens=ids.numel(),
     )
-    hooks = []
+    hooks: list[Any] = []
+    found = decoder_layers(base_of(model)) if asked.whole_layers else None
+    # All but the first: where its input has no gradient, its hook comes too early, see `model/layers.py`.
+    whole = list(found[2])[1:] if found else []
+    delayed = {id(each) for layer in whole for each in layer.parameters()}
+    hooks += [layer.register_full_backward_hook(_drop_gradients) for layer in whole]
     if not asked.keep_gradients:
         for each in model.parameters():
-            if each.requires_grad:
+            if each.requires_grad and id(each) not in delayed:
                 hooks.append(each.register_post_accumulate_grad_hook(_drop_gradient))
     counter = _Alive(model, Heap() if asked.on_cpu else None)
     try:
@@ -263,6 +272,10 @@ def _run(model: Any, asked: Traced) -> StepPeak:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+def _drop_gradients(layer: nn.Module, *gradients: Any) -> None:
+    layer.zero_grad(set_to_none=True)
 
 
 class _Alive(TorchDispatchMode):

@@ -39,6 +39,7 @@ def traced(layers: int = 2, **changed: object) -> shape.StepPeak:
         "rows": 1,
         "seq_len": SEQ,
         "keep_gradients": False,
+        "whole_layers": False,
         "on_cpu": False,
     }
     return trace(Traced(**{**fields, **changed}))
@@ -83,6 +84,13 @@ def test_many_layers_follow_from_two_short_traces(monkeypatch):
 
 def test_gradients_that_stay_count_in_the_peak():
     assert traced(4, keep_gradients=True).total >= 4 * read_shape(section(4), "null", "fp32").total
+
+
+def test_gradients_of_a_layer_that_is_gathered_whole_count_to_the_end_of_its_backward_pass():
+    layer = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN)
+    small = {"model": section(4, vocab_size=8), "seq_len": 1}  # nothing but the gradients counts
+    more = traced(**small, whole_layers=True).total - traced(**small).total
+    assert 0.7 * layer < more <= layer
 
 
 def test_on_the_cpu_the_heap_of_every_layer_is_replayed():
