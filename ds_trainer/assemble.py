@@ -45,8 +45,9 @@ from ds_trainer.errors import ArgumentsError, ModelError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_lora, base_of
-from ds_trainer.model.layers import WholeLayers, decoder_layers, meta_model
+from ds_trainer.model.layers import WholeLayers, meta_model
 from ds_trainer.model.layers import whole_layers as find_whole_layers
+from ds_trainer.model.stack import decoder_layers
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows, samples_of_micro_batch
@@ -189,6 +190,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
             resize=settings.model.resize_vocabulary,
             gradient_checkpointing=settings.model.gradient_checkpointing,
             seed=settings.train.seed,
+            offload_activations=settings.model.offload_activations,
         )
         if settings.adapter:
             model = add_lora(model, settings.adapter.lora, settings.train.seed)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ds_trainer.arguments.schema import LoraSection
+from ds_trainer.arguments.schema import LoraSection, Recompute
 from ds_trainer.model import load
 from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.stack import decoder_layers
 from ds_trainer.model.tokenizer import first_line
 
 LARGEST_WHOLE_LAYER = 2**26
@@ -39,7 +40,7 @@ def meta_model(
     precision: str,
     attention: str,
     trust_remote_code: bool,
-    gradient_checkpointing: Any,
+    gradient_checkpointing: Recompute,
     lora: LoraSection | None,
 ) -> Any:
     """The model as a run builds it, on the meta device: its real code and shapes, without memory for its weights."""
@@ -48,16 +49,6 @@ def meta_model(
         model: Any = load.build_model(config, precision=precision, attention=attention, trust_remote_code=trust_remote_code)
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
         return add_lora(model, lora, 0) if lora else model
-
-
-def decoder_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
-    """Where the decoder layers of a transformers model are: their owner, its name for them, and the list."""
-    count = model.config.get_text_config().num_hidden_layers
-    for owner in model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return owner, name, child
-    return None
 
 
 def whole_layers(model: Any) -> WholeLayers:

@@ -18,6 +18,7 @@ from ds_trainer.arguments.engine_config import (
     zero_stage,
 )
 from ds_trainer.arguments.merge import Resolved
+from ds_trainer.arguments.schema import Recompute
 
 TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MOMENTS = {"adam": 8, "adamw": 8, "lamb": 8, "fusedlamb": 8, "lion": 4, "adagrad": 4, "sgd": 0, "muon": 4}
@@ -46,7 +47,7 @@ class Holding:
     pin_weights: bool
     accumulation: int
     """Micro-steps of an optimizer step."""
-    gradient_checkpointing: bool
+    gradient_checkpointing: Recompute
     reduce_bucket: int
     """Elements, as the sizes below."""
     overlap_comm: bool

@@ -260,10 +260,12 @@ def live_parameters(shape: Shape, holding: Holding) -> int:
     A module's weights are released after it unless one of the next `stage3_max_reuse_distance` elements of the trace is theirs
     ([coordinator] __params_to_release). From a weight d elements before the end of the forward pass, its backward is 2 d away:
     the backward pass passes the same d. With checkpointing it passes them twice, since each layer is computed anew: 3 d. What
-    lies nearer to the end therefore stays; anywhere else it is one module.
+    lies nearer to the end therefore stays; anywhere else it is one module. Where layers are gathered whole, computing one anew
+    happens inside it, and where only some are computed anew, most are passed twice.
     """
     split = sum(each.numel for each in shape.weights if each.numel > holding.persistence_threshold)
-    passes = 3 if holding.gradient_checkpointing else 2
+    inside = holding.whole_layers and shape.whole_layer > 0
+    passes = 3 if holding.gradient_checkpointing in (True, "selective") and not inside else 2
     return min(split, holding.max_reuse_distance // passes + gathered_at_once(shape, holding))
 
 

@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_trainer.arguments.constraints import DTYPES
-from ds_trainer.arguments.schema import AdapterSection, ModelSection
+from ds_trainer.arguments.schema import AdapterSection, ModelSection, Recompute
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
 from ds_trainer.model.adapter import base_of
 from ds_trainer.model.attention import DOCUMENTS
-from ds_trainer.model.layers import decoder_layers, meta_model, whole_layers
+from ds_trainer.model.layers import meta_model, whole_layers
+from ds_trainer.model.stack import decoder_layers
 from ds_trainer.model.tokenizer import first_line, require_folder
 from ds_trainer.objectives import language_model
 from ds_trainer.plan.heap import Heap
@@ -104,7 +105,7 @@ class Traced:
     precision: str
     attention: str
     """As `choose_attention` decided."""
-    gradient_checkpointing: bool
+    gradient_checkpointing: Recompute
     rows: int
     seq_len: int
     whole_layers: bool
@@ -165,7 +166,7 @@ def read_shape(model: str, adapter: str, precision: str) -> Shape:
     )
 
 
-def _build(model: str, adapter: str, precision: str, attention: str, *, gradient_checkpointing: bool) -> Any:
+def _build(model: str, adapter: str, precision: str, attention: str, *, gradient_checkpointing: Recompute) -> Any:
     """The model as `assemble.build` makes it, on the meta device."""
     section = ModelSection.model_validate_json(model)
     _register_fused()
@@ -198,7 +199,8 @@ def trace(asked: Traced) -> StepPeak:
             asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing
         )
         stack = _stack_of_equal_layers(base_of(built))
-        if stack is None or asked.keep_gradients or asked.on_cpu or len(stack[2]) <= _DEPTHS[1]:
+        alike = asked.gradient_checkpointing in (True, False, "selective")
+        if stack is None or not alike or asked.keep_gradients or asked.on_cpu or len(stack[2]) <= _DEPTHS[1]:
             return _run(built, asked)
         owner, name, layers = stack
         found = []
@@ -325,27 +327,33 @@ def _register_fused() -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *args, **kwargs: None)
 
 
-class _FusedAttention(torch.autograd.Function):
-    """What a fused attention keeps: query, key, value, output, and one fp32 number for each query and head.
+@lru_cache(maxsize=1)
+def _attention_operation() -> Any:
+    """An operation that keeps what a fused attention keeps: query, key, value, output, and one fp32 number a query and head.
 
-    Source: Dao et al. 2022, "FlashAttention", section 3.1; torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
+    A whole operation, and not the ones it is made of, so that a policy of what is computed again sees it as such. Source: Dao
+    et al. 2022, "FlashAttention", section 3.1; torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
     """
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return output
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+
+    torch.library.define("ds_trainer::attention", "(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)")
+    torch.library.impl("ds_trainer::attention", "Meta", forward)
+    torch.library.register_autograd("ds_trainer::attention", backward, setup_context=keep)
+    return torch.ops.ds_trainer.attention
 
 
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    output: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    output: Tensor = _attention_operation()(query, key, value)[0]
     return output.transpose(1, 2).contiguous(), None  # kernels write (rows, positions, heads, head_size): no copy
 
 
@@ -353,5 +361,5 @@ def _fused_documents(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As `model/attention.py` puts the documents' outputs together: what each call kept, and a copy in one piece."""
-    output: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    output: Tensor = _attention_operation()(query, key, value)[0]
     return output.transpose(1, 2).clone(memory_format=torch.contiguous_format), None

@@ -182,6 +182,8 @@ def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str)
         notes.append("model.resize_vocabulary: the tokenizer is not read, so the vocabulary is counted as the config has it")
     if optimizer_kind(resolved, cluster.device_type) == "deepspeed":
         notes.append("the optimizer is DeepSpeed's own: its state is counted by its name, see docs/design/memory.md")
+    if settings.model.offload_activations:
+        notes.append("model.offload_activations: what is kept of each layer is counted on the device, as if it stayed there")
     if attention == "eager":
         notes.append("attention `eager` holds the scores of every layer; `documents` or flash attention do not")
     return notes

@@ -20,7 +20,8 @@ from ds_trainer.arguments.schema import LoraSection
 from ds_trainer.engine.build import build_engine, gather, gather_whole, prepare_deepspeed, sharded_construction
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_lora, base_of
-from ds_trainer.model.layers import decoder_layers, meta_model, whole_layers
+from ds_trainer.model.layers import meta_model, whole_layers
+from ds_trainer.model.stack import decoder_layers
 from ds_trainer.objectives import language_model
 
 ACCUMULATION = 3

@@ -7,7 +7,8 @@ from transformers import AutoConfig
 
 from ds_trainer.arguments.schema import LoraSection
 from ds_trainer.model import layers
-from ds_trainer.model.layers import decoder_layers, meta_model, whole_layers
+from ds_trainer.model.layers import meta_model, whole_layers
+from ds_trainer.model.stack import decoder_layers
 
 FIELDS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 ONE_LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
