@@ -32,9 +32,9 @@ CASES = {
     "all weights": {},
     "tied, recomputed": {"tied": True, "recompute": True, "zero": AT_ONCE},
     "lora": {"lora": LoraSection(rank=4), "zero": AT_ONCE},
-    "lora on two layers, recomputed": {
+    "lora on two layers, recomputed where cheap": {
         "lora": LoraSection(rank=4, target_modules=["layers.1.self_attn.q_proj", "layers.3.mlp.up_proj"]),
-        "recompute": True,
+        "recompute": "selective",
     },
     "weights on the host": {"zero": {**ON_CPU, **AT_ONCE}},
 }
