@@ -499,6 +499,14 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         f"{_DS_SOURCE} runtime/config.py get_checkpoint_tag_validation_mode",
     ),
     Constraint(
+        "offload_activations_kept",
+        "model.offload_activations",
+        lambda v: v.settings.model.offload_activations and not v.settings.model.gradient_checkpointing,
+        "model.offload_activations: what goes to host memory are the inputs of layers that are computed again, and "
+        "model.gradient_checkpointing computes none. Set model.gradient_checkpointing: true, or remove it.",
+        "model/stack.py",
+    ),
+    Constraint(
         "removed_optimizer",
         "deepspeed.optimizer.type",
         lambda v: _optimizer_type(v) in ("onebitadam", "onebitlamb", "zerooneadam"),

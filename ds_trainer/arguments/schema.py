@@ -16,6 +16,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
+Recompute = bool | Annotated[int, Field(ge=2)] | Literal["selective"]
+"""Which activations the backward pass computes again: none, those of every layer, of every n-th layer, the cheap ones."""
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, strict, no unknown keys; docstrings below fields become the JSON schema's descriptions."""
@@ -40,8 +43,11 @@ class ModelSection(Section):
     """The type the weights are held in while training; another word for `train.precision`, and must agree with it."""
     attention: NonEmptyText = "auto"
     """Attention implementation: `auto`, `documents` (ours, one call a document), `sdpa`, `eager`, `flash_attention_2`, ..."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more compute for much less memory."""
+    gradient_checkpointing: Recompute = False
+    """Recompute activations in the backward pass. `true`: of every layer, a third more compute for much less memory; a number
+    n: of every n-th layer; `selective`: keep results of linear layers and attention, recompute the rest: next to no compute."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed layers in host memory, for rows that are very long. Needs `gradient_checkpointing`."""
     resize_vocabulary: bool = False
     """Grow the embeddings when the tokenizer has more tokens than the model; otherwise that is an error."""
     chunked_loss: bool = True

@@ -98,6 +98,39 @@ def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     return context
 
 
+def gather_whole(layers: list[nn.Module]) -> None:
+    """Have ZeRO-3 gather each of these modules with all it contains at once (what DeepSpeed calls a leaf module).
+
+    DeepSpeed then takes a layer's gradients together, from a backward hook of the layer, and puts zeros for one that is not
+    there. Which layers that is right for is decided before, by `model.layers.whole_layers`; here the first backward pass of
+    each is checked, so that an error in that decision ends the run instead of training on wrong gradients.
+
+    Args:
+        layers: before `build_engine`.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+        trained = [each for each in layer.parameters() if each.requires_grad]
+        if trained:
+            _check_first_gradients(layer, trained)
+
+
+def _check_first_gradients(layer: nn.Module, trained: list[nn.Parameter]) -> None:
+    def check(*_: Any) -> None:
+        handle.remove()
+        if any(each.grad is None for each in trained):
+            raise ModelError(
+                f"a {type(layer).__name__} is gathered whole under ZeRO-3, and its gradients were not complete when its "
+                "backward pass had ended. Have its modules gathered one by one: "
+                '"leaf_module": {"classes": []} in zero_optimization.'
+            )
+
+    # Registered before DeepSpeed's own hook, so it is called before it.
+    handle = layer.register_full_backward_hook(check)
+
+
 def build_engine(
     model: nn.Module,
     *,

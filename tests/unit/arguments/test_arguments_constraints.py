@@ -54,6 +54,11 @@ EXAMPLES = {
         '"keep_best":',
         run(checkpoint__keep_best=1, checkpoint__every_steps=6, evaluate__sources=[{"path": "a"}], evaluate__every_steps=2),
     ),
+    "offload_activations_kept": (
+        run(model__offload_activations=True, model__path="m"),
+        '"offload_activations":',
+        run(model__offload_activations=True, model__path="m", model__gradient_checkpointing=2),
+    ),
     "train_on_is_for_conversations": (
         run(data__train_on="all", train__stage="pretrain"),
         '"train_on":',
