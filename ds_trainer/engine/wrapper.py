@@ -57,8 +57,18 @@ class Engine:
         return module
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Call the model as the objective does."""
+        """Call the model before the first step, without gradients. ZeRO-3 forgets what it learned from it.
+
+        DeepSpeed 0.19.8 learns from a whole pass in what order modules run and which weights to release after each of them.
+        The latter it never learns anew (`lru_cache` of `__params_to_release`, runtime/zero/partitioned_param_coordinator.py):
+        after two forwards without a backward, every step would release what its backward needs, and gather it again.
+        """
         output: Tensor = self._engine(**inputs)
+        offload = getattr(self._engine.optimizer, "parameter_offload", None)
+        if offload is not None:
+            coordinator = offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
         return output
 
     def micro_step(self, batch: ModelBatch, num_targets: Tensor) -> Tensor:
