@@ -2,8 +2,9 @@
 
 Both train the same model in bf16 on the same rows with the same loss and the same optimizer object; their losses must be equal
 in every bit before and after they are timed. They take turns, each in a process of its own. Ours is the command a user types,
-held up between two steps: it reads its rows from the disk, counts targets over all ranks, asks whether to stop, logs every
-tenth step, and is watched for hangs. The other one is given its rows in memory and does nothing but steps.
+held up between two steps: it reads its rows from the disk, counts targets over all ranks, asks whether to stop, logs in every
+turn (every one to three steps; the default is every tenth), and is watched for hangs. The other one is given its rows in memory
+and does nothing but steps.
 Beside it, what the parts of our loop cost that the other one does not have, on one rank and on two.
 """
 
@@ -27,10 +28,11 @@ from turns import LARGE, SMALL, Live, compare, llama, write_case, write_texts
 HOW = {"ZeRO-2": (2, False), "ZeRO-3": (3, False), "ZeRO-2, optimizer on cpu": (2, True)}
 CASES = [
     # model, micro-batch, positions, how, accumulation, ranks, steps of a turn, turns
-    *((SMALL, 2, 256, how, accumulation, 1, steps, 16) for accumulation, steps in ((1, 4), (4, 2)) for how in HOW),
-    (SMALL, 2, 256, "ZeRO-2", 1, 2, 3, 10),
-    *((LARGE, 4, 512, how, 1, 1, 1, 6) for how in HOW),
-    (LARGE, 4, 512, "ZeRO-2", 4, 1, 1, 3),
+    *((SMALL, 2, 256, how, 1, 1, 3, 20) for how in HOW),
+    *((SMALL, 2, 256, how, 4, 1, 1, 16) for how in HOW),
+    (SMALL, 2, 256, "ZeRO-2", 1, 2, 3, 12),
+    *((LARGE, 4, 512, how, 1, 1, 1, 8) for how in HOW),
+    (LARGE, 4, 512, "ZeRO-2", 4, 1, 1, 4),
 ]
 
 
@@ -58,6 +60,7 @@ def main() -> None:
                 stage=stage,
                 accumulation=accumulation,
                 offload=offload,
+                log_every=steps,
             )
             with ExitStack() as stack:
                 lives = {who: stack.enter_context(Live(who, config, ranks=ranks)) for who in ("bare", "ours")}

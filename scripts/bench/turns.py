@@ -2,13 +2,14 @@
 
 `ours` is the command `ds_trainer train` itself, held up between two steps; `bare` is a loop around `deepspeed.initialize`
 written by hand, `torch` the same without DeepSpeed. All of them feed the same rows laid out alike to the same model with the
-same loss and the same optimizer. What the others are given for nothing: their rows lie ready in memory, the targets of each step
-are counted ahead, and they log nothing.
+same loss and the same optimizer. What the others are given for nothing: their rows lie ready in memory, the targets of each
+step are counted ahead, and they log nothing.
 """
 
 from __future__ import annotations
 
 import cProfile
+import gc
 import json
 import os
 import pstats
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from common import child_environment, times
+from common import child_environment, resident, times
 
 SMALL = ("5.3 M", 256, 4)
 LARGE = ("29.5 M", 512, 8)
@@ -33,6 +34,7 @@ OFFLOAD = {
     "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
 }
 """torch's AdamW for the offloaded state too, so that nothing is compiled."""
+SENTENCE = "the model reads a row of tokens and predicts the next one from all before it"
 AHEAD = 400
 """Steps for which the rows of the other loops lie ready; then they begin anew."""
 
@@ -61,7 +63,7 @@ def write_texts(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     write_corpus(folder)
-    words = "the model reads a row of tokens and predicts the next one from all before it".split()
+    words = SENTENCE.split()
     texts = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(20 + i * 11 % 190)) for i in range(1500)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder
@@ -80,11 +82,14 @@ def write_case(
     precision: str = "bf16",
     offload: bool = False,
     log_every: int = 10,
+    bucket: int | None = None,
 ) -> Path:
     """The run file of a case; `ours` runs it, the others read from it what they train on."""
     from helpers import write_run
 
     deepspeed: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    if bucket is not None:
+        deepspeed["zero_optimization"]["reduce_bucket_size"] = bucket
     if offload:
         deepspeed["zero_optimization"] |= OFFLOAD["zero_optimization"]
         deepspeed["optimizer"] = OFFLOAD["optimizer"]
@@ -196,7 +201,7 @@ class Live:
 
 
 def compare(
-    lives: Mapping[str, Live], *, steps: int, turns: int, warm_up: int, equal: Sequence[str] = ()
+    lives: Mapping[str, Live], *, steps: int, turns: int, warm_up: int, equal: Sequence[str] = (), falls: bool = True
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Time loops in turns, after their losses were compared.
 
@@ -206,6 +211,7 @@ def compare(
         turns: of each.
         warm_up: steps before, untimed.
         equal: names of those whose losses must be equal in every bit.
+        falls: and must be lower at the end than at the beginning.
 
     Returns:
         By name: `times`, and with `ratio` and `ratio_wall` the medians of the ratios to the first one's turn beside it; and
@@ -218,12 +224,12 @@ def compare(
         live.ready()
     for live in lives.values():
         live.turn(warm_up)
-    require_equal({name: lives[name].losses() for name in equal})
+    require_equal({name: lives[name].losses() for name in equal}, falls=False)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in lives}
     for turn in range(turns):
         for name in list(lives)[:: 1 if turn % 2 == 0 else -1]:  # A B B A: nobody always comes after the same other
             seconds[name].append(lives[name].turn(steps))
-    compared = require_equal({name: lives[name].losses() for name in equal})
+    compared = require_equal({name: lives[name].losses() for name in equal}, falls=falls)
     first = next(iter(seconds.values()))
     found = {}
     for name, each in seconds.items():
@@ -234,7 +240,7 @@ def compare(
     return found, compared
 
 
-def require_equal(losses: Mapping[str, Sequence[float]]) -> int:
+def require_equal(losses: Mapping[str, Sequence[float]], *, falls: bool = True) -> int:
     """Losses of several loops must be the same in every bit; how many there are.
 
     Raises:
@@ -249,7 +255,7 @@ def require_equal(losses: Mapping[str, Sequence[float]]) -> int:
             f"{first} and {name} differ from step {differing[0] + 1} on: "
             f"{losses[first][differing[0]]!r}, {losses[name][differing[0]]!r}"
         )
-    assert losses[first][-1] < losses[first][0], f"the loss of {first} does not fall: {losses[first]}"
+    assert not falls or losses[first][-1] < losses[first][0], f"the loss of {first} does not fall: {losses[first]}"
     return len(losses[first])
 
 
@@ -274,6 +280,7 @@ class Gate:
             "losses": lambda: [float(loss) for loss in self.losses],
             "profile": self._profile.enable,
             "profiled": self._profiled,
+            "peak": lambda: resident("VmHWM"),
         }
 
     def __call__(self) -> int:
@@ -319,7 +326,7 @@ def ours(gate: Gate, config: Path, options: dict[str, Any]) -> None:
         recorder.step = step
         watch(gate, engine._engine, options)
         if "bytes" in gate.answers:
-            engine.end_step = lambda: (gate.answers["bytes"](), end_step())[1]
+            engine.end_step = lambda: [gate.answers["bytes"](), end_step()][-1]
         return plain(engine, windows, state, plan, recorder, after_step, lambda: gate() or stop(), **more)
 
     loop.train = gated
@@ -335,7 +342,7 @@ def bare(gate: Gate, config: Path, options: dict[str, Any]) -> None:
 
     run = yaml.safe_load(config.read_text())
     own_loss = options.get("own_loss", False)
-    windows, totals, model, groups = given(config, own_loss=own_loss)
+    windows, totals, model, groups = given(config, own_loss=own_loss, ahead=options.get("ahead", AHEAD))
     train = run["train"]
     accumulation = train["gradient_accumulation_steps"]
     zero = run["deepspeed"]["zero_optimization"]
@@ -381,7 +388,7 @@ def plain_torch(gate: Gate, config: Path, options: dict[str, Any]) -> None:
     import yaml
 
     train = yaml.safe_load(config.read_text())["train"]
-    windows, totals, model, groups = given(config, own_loss=False)
+    windows, totals, model, groups = given(config, own_loss=False, ahead=AHEAD)
     optimizer = torch.optim.AdamW(groups, lr=train["learning_rate"], betas=(0.9, 0.95), eps=1e-8, fused=True)
     parameters = list(model.parameters())
     step = 0
@@ -400,12 +407,13 @@ def plain_torch(gate: Gate, config: Path, options: dict[str, Any]) -> None:
         step += 1
 
 
-def given(config: Path, *, own_loss: bool) -> tuple[list[Any], list[int], Any, list[dict[str, Any]]]:
+def given(config: Path, *, own_loss: bool, ahead: int) -> tuple[list[Any], list[int], Any, list[dict[str, Any]]]:
     """What the loops that are not ours start from: rows, targets of each step over all ranks, the model, its two groups.
 
     Args:
         config: the run file.
         own_loss: leave the model's own loss, and its own attention, as they are.
+        ahead: steps whose rows are read.
     """
     import deepspeed
     import torch.distributed as dist
@@ -436,7 +444,7 @@ def given(config: Path, *, own_loss: bool) -> tuple[list[Any], list[int], Any, l
         data_parallel_size=launch.world_size,
         report=lambda line: None,
     )
-    windows = list(islice(reading, AHEAD))
+    windows = list(islice(reading, ahead))
     reading.close()
     counts = [sum(batch.num_targets for batch in window) for window in windows]
     gathered: list[list[int]] = [[]] * launch.world_size
@@ -454,11 +462,23 @@ def given(config: Path, *, own_loss: bool) -> tuple[list[Any], list[int], Any, l
 
 
 def watch(gate: Gate, engine: Any, options: dict[str, Any]) -> None:
-    """Let the loop answer what an option asks about: `bytes`, the live tensors after backward and between steps."""
+    """With the option `bytes`, let the loop answer what its tensors take, after the backward pass and between steps."""
     if options.get("bytes"):
         after_backward: list[int] = []
         gate.answers["bytes"] = lambda: after_backward.append(live_bytes(engine))
         gate.answers["seen"] = lambda: (after_backward[-1], live_bytes(engine))
+
+
+def live_bytes(engine: Any) -> int:
+    """Bytes of all tensors in this process; those that share their memory are counted once."""
+    import torch
+
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    found += [each.grad for each in engine.module.parameters() if each.grad is not None]  # held by autograd, not by Python
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found if each.device.type == "cpu"
+    }
+    return sum(storages.values())
 
 
 if __name__ == "__main__":
