@@ -75,7 +75,7 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Seed what a step draws from, on the host and on the rank's device; other devices are left alone.
 
     torch.manual_seed also leaves the seed for every kind of device that is not in use, each time with the text of the stack:
-    half a millisecond a step. Source: torch 2.13, torch/cuda, torch/xpu and torch/mtia, `_lazy_call`.
+    some tenths of a millisecond a step. Source: torch 2.13, torch/cuda, torch/xpu and torch/mtia, `_lazy_call`.
     """
     number = step_seed(seed, step, rank)
     torch.default_generator.manual_seed(number)

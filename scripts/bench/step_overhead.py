@@ -117,7 +117,7 @@ def child(ranks: int) -> None:
 
     from ds_trainer import comm, whereabouts
     from ds_trainer.engine.pace import Pace
-    from ds_trainer.state import step_seed
+    from ds_trainer.state import seed_step
 
     cpu = torch.device("cpu")
     counts = torch.tensor([100, 100])
@@ -132,7 +132,8 @@ def child(ranks: int) -> None:
     calls: dict[str, Callable[[], Any]] = {
         "asking all ranks whether to stop": lambda: comm.largest(0),
         "summing targets and tokens over the ranks": lambda: comm.sum_over_ranks(counts),
-        "seeding the step": lambda: torch.manual_seed(step_seed(0, 1, 0)),
+        "seeding the step": lambda: seed_step(0, 1, 0, cpu),
+        "not done any more: torch.manual_seed": lambda: torch.manual_seed(1),
         "saying where the rank is, 7 times": lambda: [whereabouts.at("measuring") for _ in range(7)],
         "forward of 64 modules with their pace measured": paced,
         "forward of 64 modules without": lambda: leaves(numbers),
