@@ -23,7 +23,7 @@ CASES = [(1, 1, False), (2, 1, False), (3, 1, False), (2, 1, True), (1, 2, False
 """Stage, ranks, optimizer offloaded."""
 LIMIT = 1280 * MIB
 LONGEST = 8192
-STEP = 512
+STEP = 256
 """Positions to which the longest sequence is found."""
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         goals.append(goal("longest row in the same memory, against transformers' own loss", 2, ratio, "times", at_least=True))
         tables.append(
             {
-                "title": f"Longest row below {LIMIT // MIB} MiB resident; 23 M parameters, a vocabulary of 32,768",
+                "title": f"Longest row below {LIMIT // MIB} MiB resident; 11.5 M parameters, a vocabulary of 32,768",
                 "columns": ["loop", "positions"],
                 "rows": [["ours, head and loss in chunks", lengths["ours"]], ["bare, logits whole", lengths["bare"]]],
             }
@@ -111,18 +111,19 @@ def theory_of(stage: int, ranks: int, offload: bool) -> tuple[float | None, floa
 def plan_of(config: Path, ranks: int) -> tuple[int, float]:
     """The number of parameters, and how many bytes the plan counts for each while the gradients are there."""
     from ds_trainer.plan.cluster import Cluster
+    from ds_trainer.plan.memory import states_of
     from ds_trainer.plan.story import Request, make_plan
 
     plan = make_plan(Request(config=config, cluster=Cluster(nodes=1, ranks_per_node=ranks, device_type="cpu")))
+    parameters = plan.shape.total
+    if plan.holding.optimizer_on == "none":
+        return parameters, sum(states_of(plan.holding, parameters=parameters, trained=plan.shape.trained).values()) / parameters
     parts = plan.memory.device["forward and backward"]
-    return plan.shape.total, sum(parts.get(name, 0.0) for name in STATES) / plan.shape.total
+    return parameters, sum(parts[name] for name in OFFLOADED) / parameters
 
 
-STATES = (
-    *("weights", "small weights that stay whole", "gradients", "optimizer states"),
-    *("fp32 gradients", "updated weights on their way", "offload buffer"),
-)
-"""What of a plan lies in tensors that stay for longer than an operation; the last three are for an optimizer on the CPU."""
+OFFLOADED = ("weights", "optimizer states", "fp32 gradients", "updated weights on their way", "offload buffer")
+"""What of a plan lies in tensors that stay for longer than an operation."""
 
 
 # -- sequence -----------------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def peak_of(corpus: Path, folder: Path, who: str, seq_len: int) -> int:
         corpus,
         folder,
         f"length_{seq_len}",
-        model=llama(512, 2, vocabulary=32768, positions=LONGEST + STEP),
+        model=llama(256, 4, vocabulary=32768, positions=LONGEST + STEP),
         micro=1,
         seq_len=seq_len,
         stage=2,
