@@ -1,9 +1,10 @@
 """What the model's states take, in bytes of live tensors a parameter, beside theory and plan; and how long a sequence may be.
 
-States: the bytes of all tensors that a rank holds, counted in the process of `ds_trainer train` after the backward pass of a
-step and between two steps. Theory is ZeRO's own count (Rajbhandari et al., 2020, section 3.1): 2 bytes of weights, 2 of
-gradients, 12 of Adam, each divided by the ranks from the stage on that divides it. The plan's is what `ds_trainer plan` counts
-for the same run file. The peak of a whole run beside the plan is measured by plan_accuracy.py.
+States: the bytes of all tensors that a rank holds, counted in the process of `ds_trainer train` after each backward pass, of
+which the most is shown, and between two steps. Stage 1 has two micro-steps: it holds all gradients only while they add up.
+Theory is ZeRO's own count (Rajbhandari et al., 2020, section 3.1): 2 bytes of weights, 2 of gradients, 12 of Adam, each divided
+by the ranks from the stage on that divides it. The plan's is what `ds_trainer plan` counts for the same run file. The peak of a
+whole run beside the plan is measured by plan_accuracy.py.
 Sequence: the longest row whose training stays below a given resident memory, found by halving; ours against the bare loop with
 transformers' own loss, whose logits are whole in memory.
 """

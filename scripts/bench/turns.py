@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import pstats
+import resource
 import statistics
 import subprocess
 import sys
@@ -281,6 +282,7 @@ class Gate:
             "profile": self._profile.enable,
             "profiled": self._profiled,
             "peak": lambda: resident("VmHWM"),
+            "faults": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt,
         }
 
     def __call__(self) -> int:
@@ -317,16 +319,15 @@ def ours(gate: Gate, config: Path, options: dict[str, Any]) -> None:
     plain = loop.train
 
     def gated(engine: Any, windows: Any, state: Any, plan: Any, recorder: Any, after_step: Any, stop: Any, **more: Any) -> int:
-        record, end_step = recorder.step, engine.end_step
+        record = recorder.step
 
         def step(**fields: Any) -> None:
             gate.losses.append(fields["loss"])
             record(**fields)
 
         recorder.step = step
-        watch(gate, engine._engine, options)
-        if "bytes" in gate.answers:
-            engine.end_step = lambda: [gate.answers["bytes"](), end_step()][-1]
+        if options.get("bytes"):
+            watch_bytes(gate, engine)
         return plain(engine, windows, state, plan, recorder, after_step, lambda: gate() or stop(), **more)
 
     loop.train = gated
@@ -359,7 +360,6 @@ def bare(gate: Gate, config: Path, options: dict[str, Any]) -> None:
             "zero_force_ds_cpu_optimizer": False,
         },
     )
-    watch(gate, engine, options)
     scale = accumulation * dist.get_world_size()
     step = 0
     while True:
@@ -375,8 +375,6 @@ def bare(gate: Gate, config: Path, options: dict[str, Any]) -> None:
                 nll = engine(**batch.inputs, target_positions=batch.target_positions, targets=batch.targets)
                 engine.backward(nll * (scale / num_targets))
                 loss += nll.detach() / num_targets
-            if "bytes" in gate.answers and engine.is_gradient_accumulation_boundary():
-                gate.answers["bytes"]()
             engine.step()
         gate.losses.append(loss)
         step += 1
@@ -461,20 +459,26 @@ def given(config: Path, *, own_loss: bool, ahead: int) -> tuple[list[Any], list[
     return windows, [sum(each) for each in zip(*gathered, strict=True)], model, parameter_groups(model, train.weight_decay)
 
 
-def watch(gate: Gate, engine: Any, options: dict[str, Any]) -> None:
-    """With the option `bytes`, let the loop answer what its tensors take, after the backward pass and between steps."""
-    if options.get("bytes"):
-        after_backward: list[int] = []
-        gate.answers["bytes"] = lambda: after_backward.append(live_bytes(engine))
-        gate.answers["seen"] = lambda: (after_backward[-1], live_bytes(engine))
+def watch_bytes(gate: Gate, engine: Any) -> None:
+    """Let ours answer what its tensors take: at most after a backward pass, and now, between two steps."""
+    micro_step = engine.micro_step
+    after_backward: list[int] = []
+
+    def watched(*inputs: Any) -> Any:
+        loss = micro_step(*inputs)
+        after_backward.append(live_bytes(engine.model))
+        return loss
+
+    engine.micro_step = watched
+    gate.answers["seen"] = lambda: (max(after_backward), live_bytes(engine.model))
 
 
-def live_bytes(engine: Any) -> int:
+def live_bytes(model: Any) -> int:
     """Bytes of all tensors in this process; those that share their memory are counted once."""
     import torch
 
     found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    found += [each.grad for each in engine.module.parameters() if each.grad is not None]  # held by autograd, not by Python
+    found += [each.grad for each in model.parameters() if each.grad is not None]  # held by autograd, not by Python
     storages = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found if each.device.type == "cpu"
     }
