@@ -7,8 +7,8 @@ the trainer runs it: data, collation, forward, backward, update, logging.
 
     peers_child.py JOB.json READ_FD WRITE_FD
 
-What it says on WRITE_FD, a JSON object a line: `first` after the first step, `ready` after the warm-up, then one object for
-each line of seconds on READ_FD.
+On WRITE_FD it says a JSON object a line: what the first step was, that it has warmed up, then what each turn was. A turn is a
+line on READ_FD, the number of its steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Meter:
         self._steps = self._tokens = self._positions = 0
         self._warm_up: int = job["warm_up"]
         self._first: dict[str, Any] | None = {}
-        self._cpu = self._wall = self._limit = 0.0
+        self._limit = 0
+        self._cpu = self._wall = 0.0
 
     def computed(self, input_ids: Any, loss: Any) -> None:
         """Take in one forward and backward.
@@ -55,14 +56,16 @@ class Meter:
         """Take in one optimizer step; between two turns this returns when the next one begins."""
         self._steps += 1
         if self._first is not None:
-            self._say(self._first | {"cpu_s": cpu_seconds(), "wall_s": time.time() - self.job["spawned"], "engine": self.engine})
+            self._say(
+                self._first | {"cpu_s": cpu_seconds(), "wall_s": time.time() - self.job["spawned"], "engine": self.engine}
+            )
             self._first = None
         if self._warm_up > 0:
             self._warm_up -= 1
             if self._warm_up:
                 return
             self._say({"ready": True})
-        elif time.perf_counter() - self._wall < self._limit:
+        elif self._steps < self._limit:
             return
         else:
             self._say(
@@ -75,10 +78,10 @@ class Meter:
                     "peak_rss": peak_rss(),
                 }
             )
-        seconds = self._asked.readline()
-        if not seconds:
+        steps = self._asked.readline()
+        if not steps:
             os._exit(0)  # the parent has seen enough; what the trainer does at its end is not wanted
-        self._limit = float(seconds)
+        self._limit = int(steps)
         self._steps = self._tokens = self._positions = 0
         self._cpu, self._wall = cpu_seconds(), time.perf_counter()
 
@@ -191,7 +194,12 @@ def llamafactory(job: dict[str, Any], meter: Meter) -> None:
     )
     folder = Path(job["data"]).parent
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    described = {"formatting": "sharegpt", "file_name": Path(job["data"]).name, "columns": {"messages": "messages"}, "tags": tags}
+    described = {
+        "formatting": "sharegpt",
+        "file_name": Path(job["data"]).name,
+        "columns": {"messages": "messages"},
+        "tags": tags,
+    }
     (folder / "dataset_info.json").write_text(json.dumps({"bench": described}))
     os.environ["HF_DATASETS_CACHE"] = job["cache"]
     arguments = {

@@ -6,7 +6,9 @@ can, about eight conversations in an update. A useful token is one of a conversa
 
 Before any timing counts, the first step of every contender is computed again, conversation by conversation, by plain
 transformers: its tokens must be those of the data, its loss the same within 1e-3, its engine the one it is said to be.
-Then all of a group hold a step each in turn (A B A B ...); the figure is the median of the turns.
+Then those of a peer and ours take turns of five steps (A B A B ...), as many as make a pass over the data; the figure is the
+tokens of that pass by its CPU seconds, since batches of ragged conversations are not alike. Making the environments takes
+minutes the first time, the run about seven.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import json
 import os
 import select
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -31,12 +32,14 @@ FOLDER = SCRATCH / "peers_sft"
 CHILD = Path(__file__).with_name("peers_child.py")
 SEQ_LEN, VOCABULARY, BATCH, ROWS = 512, 8192, 8, 2
 """Eight conversations are about 1,050 tokens, and so are two packed rows: every contender updates about equally often."""
-CONVERSATIONS = 1500
+TURNS, STEPS = 5, 5
+"""Turns of each contender, and steps in a turn: together a pass over the data."""
 LEARNING_RATE = 1e-4
 WARM_UP = 3
 """Steps of each contender before its first turn; the first of them is the one that is checked."""
 TOLERANCE = 1e-3
-START_SECONDS = 240
+START_SECONDS, TURN_SECONDS = 300, 300
+"""Who takes longer is left out, on a busy machine too."""
 PAD, BEGIN, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
     "{% for message in messages %}"
@@ -72,13 +75,15 @@ class Contender:
     """Why it is not measured."""
     first: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, Any]] = field(default_factory=list)
+    _process: Any = None
 
     @property
     def name(self) -> str:
         return "_".join(f"{self.trainer} {self.how}".replace(",", "").split())
 
     def start(self, pad_id: int, port: int) -> None:
-        """Start the process and wait until it has warmed up; what goes wrong becomes `problem`."""
+        """Start the process; `warmed_up` waits for it."""
+        print(f"starting {self.who}, {self.how}", flush=True)
         run, log = FOLDER / "runs" / self.name, FOLDER / f"{self.name}.log"
         shutil.rmtree(run, ignore_errors=True)
         (FOLDER / "runs").mkdir(exist_ok=True)
@@ -112,20 +117,25 @@ class Contender:
             )
         os.close(child_read)
         os.close(child_write)
+
+    def warmed_up(self) -> None:
+        """Wait for the first step and for the warm-up; what goes wrong becomes `problem`."""
         self.first = self._answer(START_SECONDS)
         if not self.problem:
             self._answer(START_SECONDS)
 
-    def turn(self, seconds: float) -> None:
+    def turn(self) -> None:
         if self.problem:
             return
-        os.write(self._write, f"{seconds}\n".encode())
-        found = self._answer(60 + 10 * seconds)
+        os.write(self._write, f"{STEPS}\n".encode())
+        found = self._answer(TURN_SECONDS)
         if found:
             self.turns.append(found)
 
     def end(self) -> None:
-        """Let the process end: it does when its input is closed."""
+        """Let the process end, if it was started: it does when its input is closed."""
+        if self._process is None:
+            return
         os.close(self._write)
         os.close(self._read)
         try:
@@ -153,9 +163,10 @@ class Contender:
         said: dict[str, Any] = json.loads(line)
         return said
 
-    def median(self, per: str, what: str = "tokens") -> float:
-        """Median over the turns of one quantity by another; NaN without turns."""
-        return statistics.median(each[what] / each[per] for each in self.turns) if self.turns else float("nan")
+    def rate(self, what: str, per: str, since: int = 0) -> float:
+        """One quantity by another, over the turns from one on; NaN without turns."""
+        turns = self.turns[since:]
+        return sum(each[what] for each in turns) / sum(each[per] for each in turns) if turns else float("nan")
 
 
 def launched(port: int) -> dict[str, str]:
@@ -217,6 +228,7 @@ def make_material(conversations: int) -> tuple[Any, Any]:
         num_key_value_heads=4,
         max_position_embeddings=SEQ_LEN,
         tie_word_embeddings=True,
+        initializer_range=256**-0.5,  # so that what a conversation sees changes its loss: a leak must show
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -240,7 +252,7 @@ def make_material(conversations: int) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def reference_losses(tokenizer: Any) -> dict[tuple[int, ...], int]:
+def tokens_of_data(tokenizer: Any) -> dict[tuple[int, ...], int]:
     """Every conversation as its tokens -> how many of them, from the end, are trained."""
     found = {}
     for line in (FOLDER / "data.jsonl").read_text().splitlines():
@@ -255,7 +267,7 @@ def check(contender: Contender, conversations: Mapping[tuple[int, ...], int], mo
 
     Args:
         contender: has made its first step.
-        conversations: of `reference_losses`.
+        conversations: of `tokens_of_data`.
         model: with the weights that everybody began with.
         begin: the tokens with which every conversation begins.
     """
@@ -371,7 +383,7 @@ def environment(name: str) -> tuple[Path, str]:
         (packages / "beside.pth").write_text(f"import site; site.addsitedir({site_packages(Path(sys.executable))!r})\n")
         pip = [str(python), "-m", "pip", "-q"]
         subprocess.run([*pip, "install", *wanted.split()], check=True, capture_output=True, text=True, timeout=1800)
-        # Their builds for CUDA cannot be loaded here. Only pictures and sound need them, but the import of their names must succeed.
+        # Their builds for CUDA cannot be loaded here. Only pictures and sound need them, but they are imported.
         subprocess.run([*pip, "uninstall", "-y", "torchvision", "torchaudio"], check=False, capture_output=True)
         (packages / "torchaudio.py").write_text('"""Stands in for a package that nothing here calls."""\n')
     except (subprocess.SubprocessError, OSError) as error:
@@ -436,7 +448,7 @@ def groups(quick: bool) -> dict[str, list[Contender]]:
             "axolotl",
             [
                 ("axolotl", "default", {}, BATCH),
-                ("axolotl", "packed", {"sample_packing": True, "pad_to_sequence_len": True}, ROWS),
+                ("axolotl", "packed", {"sample_packing": True, "attn_implementation": "sdpa"}, ROWS),
                 ("axolotl", "by length", {"group_by_length": True}, BATCH),
             ],
         ),
@@ -456,28 +468,39 @@ def groups(quick: bool) -> dict[str, list[Contender]]:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    rounds, seconds = (2, 1.5) if arguments.quick else (5, 2.5)
+    turns = 1 if arguments.quick else TURNS
     peers = groups(arguments.quick)
-    tokenizer, model = make_material(CONVERSATIONS // 5 if arguments.quick else CONVERSATIONS)
-    conversations, begin = reference_losses(tokenizer), tokenizer(f"{BEGIN}user\n")["input_ids"]
+    shutil.rmtree(FOLDER, ignore_errors=True)  # axolotl keeps what it tokenised by the path of the data, whatever is in it
+    tokenizer, model = make_material(turns * STEPS * BATCH)
+    conversations, begin = tokens_of_data(tokenizer), tokenizer(f"{BEGIN}user\n")["input_ids"]
     ports = iter(range(29600, 29700))
+
+    def start(contenders: Sequence[Contender]) -> None:
+        """One after the other; together in a quick run, which then says nothing about the time of a start."""
+        together = [contenders] if arguments.quick else [[each] for each in contenders]
+        for some in together:
+            for each in some:
+                each.start(tokenizer.pad_token_id, next(ports))
+            for each in some:
+                each.warmed_up()
+                check(each, conversations, model, begin)
+                if each.problem:
+                    print(f"{each.who}, {each.how}: {each.problem}", flush=True)
 
     own = own_contenders()
     goals: list[dict[str, Any]] = []
     rows: list[list[Any]] = []
     try:
-        for each in own:
-            begin_contender(each, conversations, model, begin, tokenizer, next(ports))
-            if each.problem:
-                sys.exit(f"ds_trainer, {each.how}: {each.problem}")
+        start(own)
+        if problems := [f"{each.how}: {each.problem}" for each in own if each.problem]:
+            sys.exit(f"ds_trainer, {'; '.join(problems)}")
         for name, contenders in peers.items():
             started = [each for each in contenders if not each.problem]
-            for each in started:
-                begin_contender(each, conversations, model, begin, tokenizer, next(ports))
+            start(started)
             here = len(own[0].turns)
-            for _ in range(rounds):
-                for each in (*own, *started):
-                    each.turn(seconds)
+            for _ in range(turns):
+                for each in (*(own if here == 0 else own[:1]), *started):
+                    each.turn()
             for each in started:
                 each.end()
             rows_of_group, goals_of_group = judged(name, own, contenders, here)
@@ -489,13 +512,21 @@ def main() -> None:
     everybody = [*own, *(each for contenders in peers.values() for each in contenders)]
     tables = [
         {
-            "title": "Useful tokens a second, 1 thread (the first two columns), and what ours has in the same turns",
-            "columns": ["who", "setting", "tokens/s, CPU", "tokens/s, wall", "ms CPU a step", "useful share", "ours = 1, CPU"],
-            "rows": [measured(each) for each in own] + rows,
+            "title": "Useful tokens a second, one thread",
+            "columns": [
+                "who",
+                "setting",
+                "tokens/s, CPU",
+                "tokens/s, wall",
+                "CPU ms a step",
+                "useful share",
+                "ours in its turns = 1",
+            ],
+            "rows": [[*measured(each), each.rate("tokens", "cpu_s") / own[0].rate("tokens", "cpu_s")] for each in own] + rows,
         },
         {
-            "title": "Before the timing: the first step, and the memory at the end",
-            "columns": ["who", "setting", "moved by", "loss", "from plain transformers", "to the first step, CPU s", "wall s", "peak, MiB"],
+            "title": "The first step: its loss and how far that is from plain transformers, and what it took to get there",
+            "columns": ["who", "setting", "moved by", "loss", "difference", "CPU s", "wall s", "peak RSS, MiB"],
             "rows": [begun(each) for each in everybody if each.first and "loss" in each.first],
         },
     ]
@@ -511,21 +542,6 @@ def main() -> None:
     )
 
 
-def begin_contender(
-    contender: Contender,
-    conversations: Mapping[tuple[int, ...], int],
-    model: Any,
-    begin: Sequence[int],
-    tokenizer: Any,
-    port: int,
-) -> None:
-    print(f"starting {contender.who}, {contender.how}", flush=True)
-    contender.start(tokenizer.pad_token_id, port)
-    check(contender, conversations, model, begin)
-    if contender.problem:
-        print(f"  {contender.problem}", flush=True)
-
-
 def judged(name: str, own: Sequence[Contender], contenders: Sequence[Contender], begun_at: int) -> tuple[list[Any], list[Any]]:
     """The rows and goals of one peer, against our default in the turns of the same rounds.
 
@@ -535,27 +551,27 @@ def judged(name: str, own: Sequence[Contender], contenders: Sequence[Contender],
         contenders: the peer's, the default first.
         begun_at: how many turns ours had before.
     """
-    ours = statistics.median(each["tokens"] / each["cpu_s"] for each in own[0].turns[begun_at:])
-    speeds = {each.how: each.median("cpu_s") for each in contenders if each.turns and not each.problem}
+    ours = own[0].rate("tokens", "cpu_s", begun_at)
+    speeds = {each.how: each.rate("tokens", "cpu_s") for each in contenders if each.turns and not each.problem}
     goals = []
     if "default" in speeds:
-        goals.append(goal(f"useful tokens a CPU second, ours against {name}, default", 2.0, ours / speeds["default"], "times", at_least=True))
+        what = f"useful tokens a CPU second, ours against {name}, default"
+        goals.append(goal(what, 2.0, ours / speeds["default"], "times", at_least=True))
     if speeds:
         best = max(speeds, key=lambda how: speeds[how])
         what = f"useful tokens a CPU second, ours against the best of {name} ({best})"
         goals.append(goal(what, 1.05, ours / speeds[best], "times", at_least=True))
-    return [[*measured(each)[:-1], each.median("cpu_s") / ours] for each in contenders if each.turns], goals
+    return [[*measured(each), each.rate("tokens", "cpu_s") / ours] for each in contenders if each.turns], goals
 
 
 def measured(contender: Contender) -> list[Any]:
     return [
         contender.who,
         contender.how + (", no DeepSpeed" if contender.expects == "LlamaForCausalLM" else ""),
-        contender.median("cpu_s"),
-        contender.median("wall_s"),
-        1000 * contender.median("steps", "cpu_s"),
-        contender.median("positions"),
-        1.0 if contender.trainer == "ours" and contender.rows == ROWS else None,
+        contender.rate("tokens", "cpu_s"),
+        contender.rate("tokens", "wall_s"),
+        1000 * contender.rate("cpu_s", "steps"),
+        contender.rate("tokens", "positions"),
     ]
 
 
@@ -574,7 +590,8 @@ def begun(contender: Contender) -> list[Any]:
 
 
 def peers_versions() -> dict[str, str]:
-    return {each.partition("==")[0]: each.partition("==")[2] for listed in ENVIRONMENTS.values() for each in listed if "==" in each and each != TORCH}
+    pinned = [each.partition("==") for listed in ENVIRONMENTS.values() for each in listed if each != TORCH]
+    return {name: version for name, equals, version in pinned if equals}
 
 
 if __name__ == "__main__":
