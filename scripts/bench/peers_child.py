@@ -103,25 +103,26 @@ def peak_rss() -> int:
     raise KeyError("VmHWM")
 
 
-def ours(job: dict[str, Any], meter: Meter) -> None:
+def launched(port: int) -> dict[str, str]:
+    """What torchrun leaves in the environment of its only worker; no launcher's own start is measured."""
+    one = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "LOCAL_SIZE")
+    zero = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    return {
+        **dict.fromkeys(one, "1"),
+        **dict.fromkeys(zero, "0"),
+        "ROLE_NAME": "default",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
+
+
+def ours(job: dict[str, Any], meter: Any) -> None:
     """This project, by its own command line."""
     from ds_trainer import cli
-    from ds_trainer.engine.wrapper import Engine
 
-    micro_step, end_step = Engine.micro_step, Engine.end_step
-
-    def counted_micro_step(self: Any, batch: Any, num_targets: Any) -> Any:
-        loss = micro_step(self, batch, num_targets)
-        meter.computed(batch.inputs["input_ids"], loss)
-        return loss
-
-    def counted_end_step(self: Any) -> Any:
-        outcome = end_step(self)
-        meter.engine = engine_of(self._engine)
-        meter.step_ended()
-        return outcome
-
-    Engine.micro_step, Engine.end_step = counted_micro_step, counted_end_step  # type: ignore[method-assign]
+    meter_ours(meter)
     cli.main(["train", "--config", job["run_file"], *job["settings"]])
 
 
@@ -241,7 +242,27 @@ def axolotl(job: dict[str, Any], meter: Meter) -> None:
     train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
 
 
-def meter_transformers(meter: Meter) -> None:
+def meter_ours(meter: Any) -> None:
+    """Set the meter into the engine of this project."""
+    from ds_trainer.engine.wrapper import Engine
+
+    micro_step, end_step = Engine.micro_step, Engine.end_step
+
+    def counted_micro_step(self: Any, batch: Any, num_targets: Any) -> Any:
+        loss = micro_step(self, batch, num_targets)
+        meter.computed(batch.inputs["input_ids"], loss)
+        return loss
+
+    def counted_end_step(self: Any) -> Any:
+        outcome = end_step(self)
+        meter.engine = engine_of(self._engine)
+        meter.step_ended()
+        return outcome
+
+    Engine.micro_step, Engine.end_step = counted_micro_step, counted_end_step  # type: ignore[method-assign]
+
+
+def meter_transformers(meter: Any) -> None:
     """Set the meter into the Trainer of transformers, from which the trainers of the others descend."""
     import deepspeed.ops
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 from common import LAWS, MIB, ROOT, SCRATCH, child_environment, finish, goal, parse_arguments, versions
+from peers_child import launched
 
 FOLDER = SCRATCH / "peers_sft"
 CHILD = Path(__file__).with_name("peers_child.py")
@@ -38,6 +39,7 @@ LEARNING_RATE = 1e-4
 WARM_UP = 3
 """Steps of each contender before its first turn; the first of them is the one that is checked."""
 TOLERANCE = 1e-3
+CPU_ALONE = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
 START_SECONDS, TURN_SECONDS = 300, 300
 """Who takes longer is left out, on a busy machine too."""
 PAD, BEGIN, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -113,7 +115,7 @@ class Contender:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=FOLDER,
-                env=child_environment() | launched(port),
+                env=child_environment() | launched(port) | CPU_ALONE,
             )
         os.close(child_read)
         os.close(child_write)
@@ -167,23 +169,6 @@ class Contender:
         """One quantity by another, over the turns from one on; NaN without turns."""
         turns = self.turns[since:]
         return sum(each[what] for each in turns) / sum(each[per] for each in turns) if turns else float("nan")
-
-
-def launched(port: int) -> dict[str, str]:
-    """What torchrun leaves in the environment of its only worker; no launcher's own start is measured."""
-    one = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS")
-    zero = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
-    return {
-        **dict.fromkeys(one, "1"),
-        **dict.fromkeys(zero, "0"),
-        "ROLE_NAME": "default",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "none",
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
-        "DS_ACCELERATOR": "cpu",
-        "AXOLOTL_DO_NOT_TRACK": "1",
-    }
 
 
 # -- the same for everybody ---------------------------------------------------------------------------------------------
