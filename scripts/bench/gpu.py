@@ -32,7 +32,7 @@ from common import CAPACITY, ROOT, SCRATCH, child_environment, finish, goal, len
 from peers_child import engine_of, launched, meter_ours, meter_transformers
 
 FOLDER = SCRATCH / "gpu"
-STEP_SECONDS = 570
+STEP_SECONDS = 540
 """What a step may take; jobs that would begin later are left out, and said."""
 GIB = 1 << 30
 PEAKS = {"H100": 989e12, "H200": 989e12}
@@ -300,14 +300,11 @@ class Bench:
     """What the steps share: sizes of this run, jobs in processes of their own, rows of the result."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        import torch
-
         self.dry: bool = arguments.dry
         self.name: str = arguments.step
-        self.device = "cpu, dry" if self.dry else torch.cuda.get_device_name(0)
+        self.device, self.memory = ("cpu, dry", 0) if self.dry else the_gpu()
         known = next((peak for name, peak in PEAKS.items() if name in self.device), None)
         self.peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else known
-        self.memory = 0 if self.dry else torch.cuda.get_device_properties(0).total_memory
         self.rows: list[list[Any]] = []
         self.goals: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -372,8 +369,10 @@ class Bench:
         return found
 
     def compare(self, name: str, ours: Mapping[str, Any], other: Mapping[str, Any], least: float) -> None:
-        """A goal from two runs that both came through."""
+        """A goal from two runs that both came through; of equal weights and random tokens, any batch has about one loss."""
         if ours and other:
+            if not abs(ours["loss"] - other["loss"]) <= 0.02 * other["loss"]:
+                sys.exit(f"{name}: first losses {ours['loss']} and {other['loss']}; what is timed is not the same")
             found = ours["tokens_per_s"] / other["tokens_per_s"]
             self.goals.append(goal(f"{name}: useful tokens/s, by it", least, found, "times", at_least=True))
 
@@ -545,11 +544,18 @@ class Bench:
         command = [sys.executable, "-m", "ds_trainer", "plan", "--config", job["run_file"], "--gpus", "1", "--json"]
         memory = ["--gpu-memory", f"{self.memory // GIB}GiB"]
         with suppress(subprocess.SubprocessError, ValueError, LookupError):
-            said = subprocess.run([*command, *memory], capture_output=True, text=True, timeout=120, check=False).stdout
+            said = subprocess.run([*command, *memory], capture_output=True, text=True, timeout=45, check=False).stdout
             needs = json.loads(said)["needs"]
             return float(next(each["bytes"] for each in needs if "GPU" in each["what"]))
         self.notes.append("`ds_trainer plan` gave no figure for one of the runs.")
         return None
+
+
+def the_gpu() -> tuple[str, int]:
+    """Its name and bytes, asked in a process of its own: this one must hold none of its memory while others measure theirs."""
+    ask = "import torch; found = torch.cuda.get_device_properties(0); print(found.name); print(found.total_memory)"
+    name, memory = subprocess.check_output([sys.executable, "-c", ask], text=True).splitlines()[-2:]
+    return name, int(memory)
 
 
 def off(planned: float, found: Mapping[str, Any]) -> float:
@@ -775,10 +781,9 @@ def zero3_host(bench: Bench) -> None:
                 bench.train("ours", model, **options, zero=stage, label=f"ZeRO-{stage}, {tokens} tokens a step")
                 for stage in (2, 3)
             )
-            if two and three:
-                ratio = three["ms"] / two["ms"]
-                limit = 1.1 if tokens >= 16_384 else 10.0
-                bench.goals.append(goal(f"{model}, {tokens} tokens a step: ZeRO-3, ZeRO-2 = 1", limit, ratio))
+            if two and three and tokens >= 16_384:
+                name = f"{model}, {tokens} tokens a step: time with ZeRO-3, ZeRO-2 = 1"
+                bench.goals.append(goal(name, 1.1, three["ms"] / two["ms"]))
         options = {"seq_len": 2048, "rows": 1, "zero": 3, "label": "ZeRO-3, 2048 tokens a step", "checkpointing": model == "3B"}
         bench.train("bare", model, **options)
     bench.finish()
@@ -793,9 +798,9 @@ def offload_3b(bench: Bench) -> None:
             bench.train("ours", "3B", **options, offload=offload, label="optimizer on the host" if offload else "")
             for offload in (False, True)
         )
-        if kept and moved:
-            name = f"3B, {4096 * accumulation} tokens a step: optimizer on the host, on the GPU = 1"
-            bench.goals.append(goal(name, 1.3 if accumulation == 16 else 10.0, moved["ms"] / kept["ms"]))
+        if kept and moved and accumulation == 16:
+            name = f"3B, {4096 * accumulation} tokens a step: time with the optimizer on the host, on the GPU = 1"
+            bench.goals.append(goal(name, 1.3, moved["ms"] / kept["ms"]))
     bench.finish()
 
 

@@ -33,7 +33,7 @@ FOLDER = SCRATCH / "peers_sft"
 CHILD = Path(__file__).with_name("peers_child.py")
 SEQ_LEN, VOCABULARY, BATCH, ROWS = 512, 8192, 8, 2
 """Eight conversations are about 1,050 tokens, and so are two packed rows: every contender updates about equally often."""
-TURNS, STEPS = 5, 5
+TURNS, STEPS = 4, 5
 """Turns of each contender, and steps in a turn: together a pass over the data."""
 LEARNING_RATE = 1e-4
 WARM_UP = 3
