@@ -529,14 +529,13 @@ class Bench:
         return str(path), str(FOLDER / "lengths.npy")
 
     def _has_op(self, name: str) -> bool:
-        """Whether one of DeepSpeed's ops can be used; never in a dry run, which compiles nothing."""
-        if self.dry:
-            return False
-        from ds_trainer.engine.offload import why_not
+        """Whether one of DeepSpeed's ops can be used; in a dry run, which compiles nothing, only if it is built."""
+        from ds_trainer.engine.offload import examine_op, why_not
 
-        reason = why_not(name)
-        if reason:
-            self.notes.append(f"torch's AdamW instead of DeepSpeed's {name}: {reason}")
+        reason = "it is not built here" if self.dry and not examine_op(name)["built"] else why_not(name)
+        note = f"torch's AdamW instead of DeepSpeed's {name}: {reason}"
+        if reason and note not in self.notes:
+            self.notes.append(note)
         return reason is None
 
     def _planned(self, job: Mapping[str, Any]) -> float | None:
