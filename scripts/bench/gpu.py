@@ -772,7 +772,7 @@ def host_sync(bench: Bench) -> None:
 def zero3_host(bench: Bench) -> None:
     """G7: from how many tokens a step ZeRO-3 costs no more than ZeRO-2 on one GPU, where it only costs."""
     for model, lengths in (("0.5B", (2048, 8192, 16_384, 32_768)), ("3B", (4096, 16_384))):
-        for tokens in lengths:
+        for tokens in lengths[: bench.small(4, 1)]:
             options: dict[str, Any] = {"seq_len": 2048, "rows": tokens // 2048, "checkpointing": model == "3B"}
             if bench.dry:
                 options["rows"] = 1
@@ -790,7 +790,7 @@ def zero3_host(bench: Bench) -> None:
 
 def offload_3b(bench: Bench) -> None:
     """G8: what the optimizer on the host costs, by the tokens of a step."""
-    for accumulation in (1, 4, 16):
+    for accumulation in (1, 4, 16)[: bench.small(3, 2)]:
         options: dict[str, Any] = {"seq_len": 4096, "rows": 1, "checkpointing": True, "accumulation": accumulation}
         options["steps"] = (1, 2) if bench.dry else (2, 6)
         kept, moved = (
