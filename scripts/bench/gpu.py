@@ -35,6 +35,8 @@ FOLDER = SCRATCH / "gpu"
 STEP_SECONDS = 540
 """What a step may take; jobs that would begin later are left out, and said."""
 GIB = 1 << 30
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+"""What torch's profiler calls that of which the host waits for the device."""
 PEAKS = {"H100": 989e12, "H200": 989e12}
 LLAMA = {"model_type": "llama", "max_position_embeddings": 1 << 20, "rope_theta": 500000.0}
 
@@ -125,8 +127,7 @@ class Clock:
         elif steps == warm + timed + self.job["profiled"]:
             self._profiler.__exit__(None, None, None)
             counted = {each.key: each.count for each in self._profiler.key_averages()}
-            waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
-            self._write({"waits": {name: counted.get(name, 0) / self.job["profiled"] for name in waits}})
+            self._write({"waits": {name: counted.get(name, 0) / self.job["profiled"] for name in WAITS}})
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -765,7 +766,7 @@ def host_sync(bench: Bench) -> None:
     if waited := found["ours", 1000]:
         waits = waited["waits"]["cudaStreamSynchronize"] + waited["waits"]["cudaDeviceSynchronize"]
         bench.goals.append(goal("waits for the device in a step without a line of metrics", 0, waits))
-    columns = ["who", "steps a line", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "item()"]
+    columns = ["who", "steps a line", *WAITS[:3], "item(), of host tensors too"]
     bench.finish([{"title": "Waits of the host for the device, a step", "columns": columns, "rows": rows}])
 
 
