@@ -126,7 +126,7 @@ def _source_lines(name: str, source: dict[str, Any]) -> Iterator[str]:
     count = len(source["files_read"])
     files = "1 file" if count == 1 else f"{count:,} files"
     yield f"\n{name}: {source['path']} (format {source['format']}, {files})"
-    read, kept = source["read"], source["documents"]
+    read, kept = source["read"], source["documents"] // source.get("together", 1)
     yield f"  records    {read:,} read, {kept:,} kept, {read - kept:,} left out"
     by_reason = sorted(source["bad_by_reason"].items(), key=lambda pair: -pair[1])
     for reason, count in by_reason:

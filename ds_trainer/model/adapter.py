@@ -10,13 +10,14 @@ from ds_trainer.arguments.schema import LoraSection
 from ds_trainer.errors import ModelError
 
 
-def add_lora(model: Any, lora: LoraSection, seed: int) -> Any:
+def add_lora(model: Any, lora: LoraSection, seed: int, *, value_head: bool = False) -> Any:
     """Freeze the model and put LoRA matrices beside its linear layers.
 
     Args:
         model: a transformers model; under ZeRO-3 already sharded.
         lora: rank, scale and targets.
         seed: the matrices are drawn from it, alike on every rank.
+        value_head: the model has one, which is trained whole and kept with the adapter.
 
     Returns:
         The peft model.
@@ -40,7 +41,7 @@ def add_lora(model: Any, lora: LoraSection, seed: int) -> Any:
     return get_peft_model(
         model,
         LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=TaskType.SEQ_CLS if value_head else TaskType.CAUSAL_LM,
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def perplexity(loss: float) -> float:
@@ -46,3 +46,9 @@ def as_ranges(ranks: Iterable[int]) -> str:
             runs.append([rank, rank])
     shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """The two numbers of a preference run that one looks at first; empty for other runs."""
+    names = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    return ", ".join(f"{word} {metrics[name]:.3f}" for name, word in names.items() if name in metrics)

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ds_trainer import comm
-from ds_trainer.monitor.metrics import perplexity, remaining_seconds
+from ds_trainer.monitor.metrics import in_words, perplexity, remaining_seconds
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.ranks import RankPace, by_rank, find_stragglers
 from ds_trainer.monitor.run_folder import RunFolder, Stopwatch, peak_memory_gib
+from ds_trainer.protocols import MetricSums
 
 FEWEST_STEPS = 8
 """Steps over which a rank must be slow before it is called a straggler."""
 Events = list[tuple[str, float, int]]
+
+
+class Evaluated(Protocol):
+    """What an evaluation gave; `loop.Evaluation` is one."""
+
+    @property
+    def loss(self) -> float: ...  # noqa: D102
+    @property
+    def num_targets(self) -> int: ...  # noqa: D102
+    @property
+    def metrics(self) -> Mapping[str, float]: ...  # noqa: D102
 
 
 class Recorder:
@@ -36,6 +48,7 @@ class Recorder:
         write_events: Callable[[Events], None],
         data_waits: Callable[[], float],
         own_seconds: Callable[[], list[float]],
+        take_metrics: Callable[[], MetricSums] = dict,
     ) -> None:
         self.folder = folder
         self.progress = progress
@@ -45,6 +58,7 @@ class Recorder:
         self.write_events = write_events
         self.data_waits = data_waits
         self.own_seconds = own_seconds
+        self.take_metrics = take_metrics
         self._waited = 0.0
         # Of more steps than one, also where every step is logged: one slow step makes no straggler.
         self._waits: deque[float] = deque(maxlen=max(every_steps, FEWEST_STEPS))
@@ -92,8 +106,11 @@ class Recorder:
 
     def _log(self, step: int, outcome: Any) -> None:
         shares = torch.stack(self._losses).to(torch.float64)
-        sums = comm.sum_over_ranks(torch.cat([shares, self._tokens])).tolist()
-        *losses, tokens, targets = sums
+        measured = self.take_metrics()
+        own_sums = [torch.stack([value.double(), torch.full_like(value, of).double()]) for value, of in measured.values()]
+        sums = comm.sum_over_ranks(torch.cat([shares, self._tokens, *own_sums])).tolist()
+        losses, (tokens, targets), found = sums[: len(shares)], sums[len(shares) :][:2], sums[len(shares) + 2 :]
+        metrics = {name: value / max(1.0, of) for name, value, of in zip(measured, found[::2], found[1::2], strict=True)}
         # After the collective, so that it holds the wait for the device and for slower ranks too.
         seconds = self._watch.lap()
         self._forwards.extend(self.own_seconds())
@@ -115,6 +132,7 @@ class Recorder:
             "step": step,
             "loss": losses[-1],
             "loss_mean": sum(losses) / len(losses),
+            **metrics,
             "learning_rate": outcome.learning_rate,
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "tokens_per_second": tokens / seconds,
@@ -137,7 +155,9 @@ class Recorder:
             left = remaining_seconds(self.max_steps - step, max(per_step))
             self.progress.line(step, fields, left, slow=[str(each) for each in stragglers])
             names = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
-            self.write_events([(f"train/{name}", fields[name], step) for name in names if fields[name] is not None])
+            self.write_events(
+                [(f"train/{name}", fields[name], step) for name in (*names, *metrics) if fields[name] is not None]
+            )
         self._reset()
 
     def skipped_step(self, text: str, fields: dict[str, Any]) -> None:
@@ -146,20 +166,22 @@ class Recorder:
             self.folder.event("skipped", **fields)
             self.progress.say(f"SKIPPED {text}")
 
-    def evaluation(self, *, step: int, loss: float, num_targets: int) -> None:
+    def evaluation(self, *, step: int, result: Evaluated) -> None:
         """Take the result of an evaluation in; the same numbers on every rank."""
         if comm.rank() == 0:
+            loss, num_targets, metrics = result.loss, result.num_targets, result.metrics
             fields = {
                 "step": step,
                 "evaluate_loss": loss,
-                "evaluate_perplexity": perplexity(loss),
+                **({f"evaluate_{name}": value for name, value in metrics.items()} or {"evaluate_perplexity": perplexity(loss)}),
                 "evaluate_targets": num_targets,
             }
             self.folder.metric(fields)
-            self.progress.say(
-                f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f} ({num_targets} targets)"
+            told = in_words(metrics) or f"perplexity {perplexity(loss):.2f}"
+            self.progress.say(f"step {step}: held-out loss {loss:.4f}, {told} ({num_targets} targets)")
+            self.write_events(
+                [("evaluate/loss", loss, step), *((f"evaluate/{name}", value, step) for name, value in metrics.items())]
             )
-            self.write_events([("evaluate/loss", loss, step)])
         self._watch.lap()
 
     def stopped_for_save(self) -> None:
