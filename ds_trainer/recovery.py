@@ -182,12 +182,18 @@ def resume(
     engine.restore(found.slices().read, rest)
     state = TrainState.from_json(found.manifest["state"])
     probe = found.manifest["probe"]
-    loss = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"]).loss
-    if not abs(loss - probe["loss"]) <= tolerance * abs(probe["loss"]):
-        raise ResumeError(
-            f"{found.path} was loaded, but the model computes a loss of {loss:.6f} where {probe['loss']:.6f} was saved with "
-            "it. Were the base model or the held-out data changed? Start anew with --resume never."
-        )
+    found_now = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])
+    # The loss of a preference is a difference, which a changed base would leave alone: the log-probabilities are not.
+    compared = [("loss", found_now.loss, probe["loss"])]
+    compared += [
+        (name, found_now.metrics[name], value) for name, value in probe.get("metrics", {}).items() if name.startswith("logps/")
+    ]
+    for name, ours, saved in compared:
+        if not abs(ours - saved) <= tolerance * abs(saved):
+            raise ResumeError(
+                f"{found.path} was loaded, but the model computes a {name} of {ours:.6f} where {saved:.6f} was saved with "
+                "it. Were the base model or the held-out data changed? Start anew with --resume never."
+            )
     set_aside(folder, state.step, report)
     then, now = found.manifest["layout"], engine_layout(prepared)
     moved = "" if then == now else f"; saved on {layout_in_words(then)}, laid out anew for {layout_in_words(now)}"
