@@ -185,13 +185,12 @@ def resume(
     found_now = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])
     # The loss of a preference is a difference, which a changed base would leave alone: the log-probabilities are not.
     compared = [("loss", found_now.loss, probe["loss"])]
-    compared += [
-        (name, found_now.metrics[name], value) for name, value in probe.get("metrics", {}).items() if name.startswith("logps/")
-    ]
-    for name, ours, saved in compared:
-        if not abs(ours - saved) <= tolerance * abs(saved):
+    metrics = probe.get("metrics", {})
+    compared += [(name, found_now.metrics[name], metrics[name]) for name in metrics if name.startswith("logps/")]
+    for name, value, theirs in compared:
+        if not abs(value - theirs) <= tolerance * abs(theirs):
             raise ResumeError(
-                f"{found.path} was loaded, but the model computes a {name} of {ours:.6f} where {saved:.6f} was saved with "
+                f"{found.path} was loaded, but the model computes a {name} of {value:.6f} where {theirs:.6f} was saved with "
                 "it. Were the base model or the held-out data changed? Start anew with --resume never."
             )
     set_aside(folder, state.step, report)

@@ -47,14 +47,18 @@ def states(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_resume_equals_the_uninterrupted_run(run_file, corpus, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "trains"), [("zero2", "pretrain"), ("zero3", "pretrain"), ("zero2", "dpo"), ("zero3", "reward")]
+)
+def test_resume_equals_the_uninterrupted_run(run_file, corpus, tmp_path, stage, trains):
+    pairs = {"data": {"sources": [{"path": str(corpus / "pairs.jsonl")}], "seq_len": 64}} if trains != "pretrain" else {}
     config = run_file(
         "whole",
-        train={"max_steps": 6, "schedule": "cosine", "warmup_steps": 2},
+        train={"stage": trains, "max_steps": 6, "schedule": "cosine", "warmup_steps": 2},
         checkpoint={"every_steps": 3, "keep_last": 5},
         model={"config": GPT2_WITH_DROPOUT, "tokenizer": str(corpus / "tokenizer")},
         **SETTINGS[stage],
+        **pairs,
     )
     command = torchrun(2, "-m", "ds_trainer", "train", "--config", str(config))
     whole = run_command(command, cwd=tmp_path)
