@@ -84,7 +84,7 @@ def preferences(pairs: list[tuple[str, dict[str, str]]]) -> list[tuple[str, dict
     found = []
     for (held_out, of_class), own in kinds.items():
         others = kinds.get((held_out, not of_class), [])
-        # Few classes are documented: each is asked of several times, and as many functions, so that no kind is the better guess.
+        # Few classes are documented: each is asked of several times, and as many functions: no kind is the better guess.
         number = TIMES_A_CLASS * min(len(own), len(others))
         order = sorted(
             (
