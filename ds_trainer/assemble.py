@@ -27,6 +27,7 @@ from ds_trainer.arguments.engine_config import (
     zero_stage,
 )
 from ds_trainer.arguments.merge import Resolved
+from ds_trainer.arguments.objective import PAIR_STAGES, numbers_of
 from ds_trainer.data.cache import head_start_of
 from ds_trainer.data.loader import Windows, evaluation_batches
 from ds_trainer.data.rows import TokenRows
@@ -34,6 +35,7 @@ from ds_trainer.data.sources import Report
 from ds_trainer.engine import sharded_weights
 from ds_trainer.engine.build import (
     build_engine,
+    freeze,
     gather,
     gather_whole,
     prepare_deepspeed,
@@ -50,8 +52,8 @@ from ds_trainer.model.layers import whole_layers as find_whole_layers
 from ds_trainer.model.stack import decoder_layers
 from ds_trainer.monitor.metrics import model_flops, peak_flops, uncounted
 from ds_trainer.monitor.recorder import Speed
-from ds_trainer.objectives import language_model
-from ds_trainer.protocols import ModelBatch
+from ds_trainer.objectives import dpo, language_model, orpo, reference, reward, simpo
+from ds_trainer.protocols import ModelBatch, Objective
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows, samples_of_micro_batch
 from ds_trainer.state import TrainState
 
@@ -185,37 +187,35 @@ def build(prepared: Prepared, report: Report) -> Engine:
     faults.point("loading")
     attention.register_document_attention()
     with sharded_construction(config):
-        model = construct(prepared, report)
-        load.finish_model(
-            model,
-            tokens=len(prepared.data.tokenizer),
-            resize=settings.model.resize_vocabulary,
-            gradient_checkpointing=settings.model.gradient_checkpointing,
-            seed=settings.train.seed,
-            offload_activations=settings.model.offload_activations,
-        )
+        model = complete(prepared, construct(prepared, report))
         if settings.adapter:
             sharded = zero_stage(prepared.resolved) == 3
-            model = add_adapter(model, settings.adapter, settings.train.seed, gather if sharded else None)
+            model = add_adapter(
+                model,
+                settings.adapter,
+                settings.train.seed,
+                gather if sharded else None,
+                value_head=settings.train.stage == "reward",
+            )
     if prepared.whole_layers.indices:
         found = decoder_layers(base_of(model))
         assert found is not None  # the model without weights has them
         gather_whole([found[2][index] for index in prepared.whole_layers.indices])
-    loss = language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
+    loss = attach(prepared, base_of(model))
     total, trained = parameter_counts(model)
     report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trained:,} of them trained; {loss}")
     engine = build_engine(
         model,
-        objective=language_model.nll_sum,
+        objective=objective_of(prepared, report),
         config=config,
         optimizer_kind=optimizer_kind(prepared.resolved, prepared.device.type),
         own_schedule=not uses_deepspeed_scheduler(prepared.resolved),
         train=settings.train,
-        lora_plus=settings.adapter.lora.learning_rate_ratio if settings.adapter and settings.adapter.lora else 1.0,
+        lora_plus=settings.lora.learning_rate_ratio if settings.lora else 1.0,
         max_steps=prepared.plan.max_steps,
         report=report,
     )
-    if settings.data.packing:
+    if settings.data.packing or settings.train.stage in PAIR_STAGES:  # a row holds several documents
         engine.train_mode(False)
         attention.probe_isolation(
             partial(language_model.last_states, engine.forward),
@@ -225,6 +225,58 @@ def build(prepared: Prepared, report: Report) -> Engine:
         )
         engine.train_mode(True)
     return engine
+
+
+def complete(prepared: Prepared, model: torch.nn.Module) -> torch.nn.Module:
+    """What a constructed model lacks before an adapter: a grown vocabulary, what padding is. Collective under ZeRO-3."""
+    settings, tokenizer = prepared.resolved.settings, prepared.data.tokenizer
+    load.finish_model(
+        model,
+        tokens=len(tokenizer),
+        resize=settings.model.resize_vocabulary,
+        gradient_checkpointing=settings.model.gradient_checkpointing,
+        seed=settings.train.seed,
+    )
+    if settings.train.stage == "reward":
+        load.mark_padding(model, tokenizer.pad_token_id)
+    return model
+
+
+def attach(prepared: Prepared, model: torch.nn.Module) -> str:
+    """Make the model's forward compute what its objective needs; returns what that is, for the log."""
+    settings = prepared.resolved.settings
+    if settings.train.stage == "reward":
+        return reward.attach(model)
+    return language_model.attach(model, chunked=settings.model.chunked_loss)
+
+
+def objective_of(prepared: Prepared, report: Report) -> Objective:
+    """What the stage minimises. Collective where it needs a reference that is a model of its own."""
+    settings = prepared.resolved.settings
+    stage, numbers = settings.train.stage, numbers_of(settings)
+    if numbers:
+        report(f"objective: {stage}, {', '.join(f'{name} {value}' for name, value in numbers.items())}")
+    if stage == "dpo":
+        return dpo.objective(reference_of(prepared, report), **numbers)
+    if stage == "orpo":
+        return orpo.objective(**numbers)
+    if stage == "simpo":
+        return simpo.objective(**numbers)
+    return reward.BRADLEY_TERRY if stage == "reward" else language_model.NEXT_TOKEN
+
+
+def reference_of(prepared: Prepared, report: Report) -> reference.Reference:
+    """The model before the run: the base of an adapter, or a frozen copy. Collective where it is a copy."""
+    if prepared.resolved.settings.lora:
+        report("reference: the base, which is the model with the adapter switched off; nothing is held twice")
+        return reference.adapter_off
+    config = prepared.engine_config.config
+    with sharded_construction(config):
+        model = complete(prepared, construct(prepared, report))
+    attach(prepared, model)
+    where = "sharded as the model is" if config["zero_optimization"]["stage"] == 3 else "whole on every rank"
+    report(f"reference: a frozen copy of the model as it was before the run, {where}; with adapter.lora it takes nothing")
+    return reference.copy(freeze(model, config, prepared.device))
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
@@ -257,9 +309,12 @@ def speed_of(prepared: Prepared, engine: Engine, report: Report) -> Speed:
 def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
     """The model with its initial or pretrained weights; sharded under ZeRO-3. Collective there."""
     settings, sharded = prepared.resolved.settings, zero_stage(prepared.resolved) == 3
-    precision = settings.train.precision
+    precision, value_head = settings.train.precision, settings.train.stage == "reward"
+    new_head = partial(load.initialize_value_head, seed=settings.train.seed, gather=gather if sharded else None)
     if settings.model.path is None:
-        model = load.build_model(prepared.model_config, precision=precision, attention=prepared.attention)
+        model = load.build_model(
+            prepared.model_config, precision=precision, attention=prepared.attention, value_head=value_head
+        )
         load.initialize_weights(model, settings.train.seed, gather if sharded else None)
         return model
     if sharded:
@@ -268,14 +323,23 @@ def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
             precision=precision,
             attention=prepared.attention,
             trust_remote_code=settings.model.trust_remote_code,
+            value_head=value_head,
         )
         files = load.weight_files(settings.model.path)
-        reason = sharded_weights.reason_against(model, files, prepared.engine_config.config)
+        new = load.VALUE_HEAD if value_head else None
+        reason = sharded_weights.reason_against(model, files, prepared.engine_config.config, new)
         if reason is None:
-            sharded_weights.load_sharded(model, files, comm.rank())
+            if sharded_weights.load_sharded(model, files, comm.rank()) == {new}:
+                new_head(model)
             return model
         report(f"weights: read whole by rank zero, since {reason}")
-    return load.load_pretrained(settings.model, prepared.model_config, precision=precision, attention=prepared.attention)
+    return load.load_pretrained(
+        settings.model,
+        prepared.model_config,
+        precision=precision,
+        attention=prepared.attention,
+        new_head=new_head if value_head else None,
+    )
 
 
 def arranged_windows(prepared: Prepared, engine: Engine, state: TrainState, report: Report) -> Windows[ModelBatch]:
@@ -307,8 +371,8 @@ def samples_fed(prepared: Prepared, engine: Engine) -> Callable[[int, int], list
     )
 
 
-def evaluate_rows(prepared: Prepared, engine: Engine, rows: TokenRows, max_rows: int) -> tuple[float, int]:
-    """Mean loss over the targets of the first rows, and their number. Collective."""
+def evaluate_rows(prepared: Prepared, engine: Engine, rows: TokenRows, max_rows: int) -> loop.Evaluation:
+    """The loss of the first rows. Collective."""
     batches = evaluation_batches(
         rows,
         micro_batch_size=prepared.batch.micro_batch_size,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_trainer.arguments.constraints import DTYPES
+from ds_trainer.arguments.objective import PAIR_STAGES
 from ds_trainer.arguments.schema import RunSettings
 from ds_trainer.checkpoint import layout, manager
 from ds_trainer.checkpoint.manager import Found
@@ -22,7 +25,8 @@ from ds_trainer.errors import CheckpointError, ModelError, RefusedError
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_adapter
 from ds_trainer.model.tokenizer import load_tokenizer
-from ds_trainer.objectives.chunked_head import plain_nll_sum
+from ds_trainer.objectives.chunked_head import plain_log_probs, plain_nll_sum
+from ds_trainer.objectives.pairs import chosen_and_rejected, sums_of_sequences
 from ds_trainer.protocols import MicroBatch
 from ds_trainer.run_data import cache_folder_of
 
@@ -53,7 +57,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RefusedError(f"--to {to}: exists and is not empty. Remove it, or write for example --to {to}-2.")
     settings = RunSettings.model_validate(found.manifest["settings"])
-    lora = settings.adapter is not None and settings.adapter.lora is not None
+    lora = settings.lora is not None
     if merge and not lora:
         raise RefusedError(f"{run} trained the model's own weights: there is no adapter to merge. Leave --merge out.")
     precision = precision or settings.train.precision
@@ -86,7 +90,9 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
         to.rmdir()
     partial.rename(to)
     kind = "adapter" if lora and not merge else "model"
-    report(f"the {kind} is in {to}; its loss on {found.manifest['probe']['rows']} rows agrees with the training engine's")
+    rows = found.manifest["probe"]["rows"]
+    what = "its loss" if settings.train.stage not in PAIR_STAGES else "what it makes of the answers"
+    report(f"the {kind} is in {to}; {what} on {rows} rows agrees with the training engine's")
 
 
 def choose(run: Path, checkpoint: str | None, report: Report) -> Found:
@@ -147,6 +153,7 @@ def write_in_parts(found: Found, settings: RunSettings, tokenizer: Any, folder: 
         fields = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
     model.config.dtype = DTYPES[precision]
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -159,14 +166,20 @@ def empty_model(settings: RunSettings, tokenizer: Any, precision: str) -> Any:
         precision=precision,
         attention="sdpa",
         trust_remote_code=settings.model.trust_remote_code,
+        value_head=has_value_head(settings),
     )
     grow_vocabulary(model, settings, tokenizer)
     model.config.use_cache = True
     return model
 
 
+def has_value_head(settings: RunSettings) -> bool:
+    """Whether what was trained gives a value and not words."""
+    return settings.train.stage == "reward"
+
+
 def grow_vocabulary(model: Any, settings: RunSettings, tokenizer: Any) -> None:
-    """Give a model the vocabulary it was trained with."""
+    """Give a model the vocabulary it was trained with, and the padding that its value head knows."""
     load.finish_model(
         model,
         tokens=len(tokenizer),
@@ -174,6 +187,8 @@ def grow_vocabulary(model: Any, settings: RunSettings, tokenizer: Any) -> None:
         gradient_checkpointing=False,
         seed=settings.train.seed,
     )
+    if has_value_head(settings):
+        load.mark_padding(model, tokenizer.pad_token_id)
 
 
 def require_weights(reader: SliceReader, wanted: Mapping[str, torch.Size], found: Found) -> None:
@@ -194,9 +209,10 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
         model = empty_model(settings, tokenizer, "fp32")
     else:
         config = load.load_config(settings.model)
-        model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa")
+        new_head = partial(load.initialize_value_head, seed=settings.train.seed) if has_value_head(settings) else None
+        model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa", new_head=new_head)
         grow_vocabulary(model, settings, tokenizer)
-        model = add_adapter(model, settings.adapter, settings.train.seed)
+        model = add_adapter(model, settings.adapter, settings.train.seed, value_head=has_value_head(settings))
     reader = found.slices()
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     require_weights(reader, {name: parameter.shape for name, parameter in wanted.items()}, found)
@@ -224,29 +240,30 @@ def write(model: Any, settings: RunSettings, folder: Path, precision: str) -> No
 
 def write_tokenizer(tokenizer: Any, settings: RunSettings, folder: Path) -> None:
     """Write the tokenizer, with the chat template that was trained on."""
-    if settings.train.stage == "sft":
+    if settings.train.stage != "pretrain":
         tokenizer.chat_template = effective_chat_template(tokenizer, settings.data.chat_template)
     tokenizer.save_pretrained(folder)
 
 
 def reload(folder: Path, settings: RunSettings, *, adapter: bool, precision: str) -> Any:
     """Load what was written as any user of transformers would."""
-    from transformers import AutoModelForCausalLM
-
+    kind = load.auto_class(value_head=has_value_head(settings))
     options: dict[str, Any] = {
         "dtype": getattr(torch, DTYPES[precision]),
         "trust_remote_code": settings.model.trust_remote_code,
     }
     if not adapter:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        return kind.from_pretrained(folder, **options)
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(settings.model.path, revision=settings.model.revision, **options)
+    if has_value_head(settings):
+        options["num_labels"] = 1
+    base = kind.from_pretrained(settings.model.path, revision=settings.model.revision, **options)
     return PeftModel.from_pretrained(base, str(folder))
 
 
 def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, precision: str, report: Report) -> None:
-    """Compare the reloaded model's loss with the one the training engine wrote into the checkpoint.
+    """Compare what the reloaded model computes with what the training engine wrote into the checkpoint.
 
     Raises:
         CheckpointError: they differ by more than rounding.
@@ -261,19 +278,34 @@ def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, prec
         report=lambda line: None,
     )
     probe = found.manifest["probe"]
-    total, count = 0.0, 0
-    for batch in evaluation_batches(rows, micro_batch_size=1, rank=0, data_parallel_size=1, max_rows=probe["rows"]):
-        nll, targets = plain_loss(model, batch)
-        total, count = total + nll, count + targets
-    ours, theirs = total / count, probe["loss"]
-    report(f"loss on {probe['rows']} rows: {theirs:.6f} in the training engine, {ours:.6f} reloaded with transformers")
+    batches = list(evaluation_batches(rows, micro_batch_size=1, rank=0, data_parallel_size=1, max_rows=probe["rows"]))
+    if settings.train.stage in PAIR_STAGES:
+        prefix, measure = ("rewards", plain_values) if has_value_head(settings) else ("logps", plain_log_probs_of_answers)
+        answers = torch.cat([measure(model, batch) for batch in batches])
+        found_now = {
+            f"{prefix}/{which}": float(each.mean())
+            for which, each in zip(("chosen", "rejected"), chosen_and_rejected(answers), strict=True)
+        }
+        expected = {name: probe["metrics"][name] for name in found_now}
+        count = sum(arranged.num_targets for arranged in (attention.arrange(batch, "sdpa") for batch in batches))
+    else:
+        losses = [plain_loss(model, batch) for batch in batches]
+        count = sum(targets for _, targets in losses)
+        found_now, expected = {"loss": sum(nll for nll, _ in losses) / count}, {"loss": probe["loss"]}
+    for name, ours in found_now.items():
+        theirs = f"{expected[name]:.6f} in the training engine"
+        report(f"{name} on {probe['rows']} rows: {theirs}, {ours:.6f} reloaded with transformers")
     if count != probe["num_targets"]:
         report(f"not compared: the data has changed since the checkpoint ({probe['num_targets']} targets then, {count} now)")
-    elif not abs(ours - theirs) <= TOLERANCE[precision] * abs(theirs):
-        raise CheckpointError(
-            f"the exported model computes a loss of {ours:.6f} where the training engine computed {theirs:.6f}. "
-            "Nothing was kept. Was the base model or a file of the checkpoint changed?"
-        )
+        return
+    # A value may lie anywhere around zero: it is compared on the scale of both, which is 0.01 at least.
+    scale = max(0.0 if "loss" in expected else 0.01, *map(abs, expected.values()))
+    for name, ours in found_now.items():
+        if not abs(ours - expected[name]) <= TOLERANCE[precision] * scale:
+            raise CheckpointError(
+                f"the exported model computes a {name} of {ours:.6f} where the training engine computed {expected[name]:.6f}. "
+                "Nothing was kept. Was the base model or a file of the checkpoint changed?"
+            )
 
 
 @torch.no_grad()
@@ -282,3 +314,23 @@ def plain_loss(model: Any, batch: MicroBatch) -> tuple[float, int]:
     arranged = attention.arrange(batch, "sdpa")
     logits = model(**arranged.inputs).logits.flatten(0, 1)
     return float(plain_nll_sum(logits[arranged.target_positions], arranged.targets)), arranged.num_targets
+
+
+@torch.no_grad()
+def plain_log_probs_of_answers(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """The log-probability of each answer of a batch, (num_sequences,), through the logits of an ordinary model."""
+    arranged = attention.arrange(batch, "sdpa")
+    logits = model(**arranged.inputs).logits.flatten(0, 1)
+    return sums_of_sequences(plain_log_probs(logits[arranged.target_positions], arranged.targets), arranged)
+
+
+@torch.no_grad()
+def plain_values(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """The value of each answer of a batch, (num_sequences,): each fed alone, as a user of the model does."""
+    values = []
+    for ids, positions, is_token in zip(batch.input_ids, batch.position_ids, batch.is_token, strict=True):
+        length = int(is_token.sum())
+        starts = (positions[:length] == 0).nonzero().flatten().tolist()
+        for begin, end in pairwise([*starts, length]):
+            values.append(model(input_ids=ids[None, begin:end]).logits[0, 0].float())
+    return torch.stack(values)

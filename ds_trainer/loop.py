@@ -18,7 +18,7 @@ from torch import Tensor
 from ds_trainer import comm, faults, nonfinite, whereabouts
 from ds_trainer.errors import NonFiniteError
 from ds_trainer.nonfinite import NonFinite, SamplesOf
-from ds_trainer.protocols import ModelBatch
+from ds_trainer.protocols import LossSums, ModelBatch
 from ds_trainer.state import TrainState, seed_step
 
 logger = logging.getLogger("ds_trainer")
@@ -29,9 +29,10 @@ class TrainEngine(Protocol):
 
     device: torch.device
 
-    def micro_step(self, batch: ModelBatch, num_targets: Tensor) -> Tensor: ...  # noqa: D102
+    def units(self, batch: ModelBatch) -> tuple[int, ...]: ...  # noqa: D102
+    def micro_step(self, batch: ModelBatch, units: Tensor) -> Tensor: ...  # noqa: D102
     def end_step(self) -> Any: ...  # noqa: D102
-    def evaluate(self, batch: ModelBatch) -> Tensor: ...  # noqa: D102
+    def evaluate(self, batch: ModelBatch) -> LossSums: ...  # noqa: D102
     def train_mode(self, on: bool) -> None: ...  # noqa: D102
 
 
@@ -42,7 +43,17 @@ class StepRecorder(Protocol):
         self, *, step: int, loss: Tensor, window: list[ModelBatch], num_targets: Tensor, outcome: Any
     ) -> None: ...
     def skipped_step(self, text: str, fields: dict[str, Any]) -> None: ...  # noqa: D102
-    def evaluation(self, *, step: int, loss: float, num_targets: int) -> None: ...  # noqa: D102
+    def evaluation(self, *, step: int, result: Evaluation) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What held-out rows gave, over all ranks."""
+
+    loss: float
+    num_targets: int
+    metrics: dict[str, float]
+    """The objective's own, each a mean."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,21 +113,22 @@ def train(
         faults.point("training")
         seed_step(plan.seed, state.step, comm.rank(), engine.device)
         num_tokens = sum(batch.num_tokens for batch in window)
-        counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens], device=engine.device)
+        own_units = [sum(each) for each in zip(*map(engine.units, window), strict=True)]
+        counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens, *own_units], device=engine.device)
         counts = comm.sum_over_ranks(counts)
-        num_targets = counts[0].clamp(min=1)
+        num_targets, units = counts[0].clamp(min=1), counts[2:].clamp(min=1)
         losses = []
         for batch in window:
             whereabouts.at("forward and backward")
             faults.point("forward")
-            losses.append(engine.micro_step(batch.to(engine.device), num_targets))
+            losses.append(engine.micro_step(batch.to(engine.device), units))
         whereabouts.at("updating")
         loss = sum(losses, torch.zeros((), device=engine.device))
         outcome = engine.end_step()
 
         begin = state.rows_consumed
         end = begin + plan.global_batch_size
-        state.advance(rows_consumed=min(end, plan.total_rows or end), targets_and_tokens=counts)
+        state.advance(rows_consumed=min(end, plan.total_rows or end), targets_and_tokens=counts[:2])
         whereabouts.at("logging")
         recorder.step(step=state.step, loss=loss, window=window, num_targets=num_targets, outcome=outcome)
         if outcome.applied:
@@ -150,19 +162,32 @@ def judge(found: NonFinite, outcome: Any, state: TrainState, plan: Plan, recorde
     raise NonFiniteError(f"{found}. The weights were left as they were. {why} {advice} train.learning_rate.{half}")
 
 
-def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> tuple[float, int]:
-    """Mean loss over the targets of held-out rows. Collective; every rank must have the same number of batches.
+def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> Evaluation:
+    """The loss of held-out rows, as if they were one step, and what the objective measures of them.
 
-    Returns:
-        The loss, and how many targets it is the mean of, over all ranks.
+    Collective; every rank must have the same number of batches, at least one.
     """
     engine.train_mode(False)
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    terms: Tensor | float = 0.0
+    units: Tensor | float = 0.0
+    num_targets = 0
+    metrics: dict[str, Tensor] = {}
     for batch in batches:
         whereabouts.at("evaluating")
         faults.point("evaluating")
-        sums[0] += engine.evaluate(batch.to(engine.device))
-        sums[1] += batch.num_targets
-    nll_sum, num_targets = comm.sum_over_ranks(sums).tolist()
+        found = engine.evaluate(batch.to(engine.device))
+        terms = terms + found.terms.double()
+        units = units + torch.tensor(engine.units(batch), dtype=torch.float64)
+        num_targets += batch.num_targets
+        for name, (value, count) in found.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + torch.stack([value.double(), torch.full_like(value, count).double()])
+    assert isinstance(terms, Tensor), "no batch"
+    assert isinstance(units, Tensor)
+    others = torch.tensor([float(num_targets)], dtype=torch.float64)
+    own = [terms, *(each.to(engine.device) for each in (units, others)), *metrics.values()]
+    sums = comm.sum_over_ranks(torch.cat(own)).tolist()
     engine.train_mode(True)
-    return nll_sum / max(1.0, num_targets), int(num_targets)
+    count = len(terms)
+    loss = sum(term / max(1.0, unit) for term, unit in zip(sums[:count], sums[count : 2 * count], strict=True))
+    pairs = zip(metrics, sums[2 * count + 1 :: 2], sums[2 * count + 2 :: 2], strict=True)
+    return Evaluation(loss, int(sums[2 * count]), {name: value / max(1.0, of) for name, value, of in pairs})

@@ -16,10 +16,10 @@ from ds_trainer.arguments.merge import Resolved
 from ds_trainer.data.chunks import BadRecord
 from ds_trainer.data.prepare import judge
 from ds_trainer.data.rows import TokenRows
-from ds_trainer.data.store import TokenStore, where
+from ds_trainer.data.store import TokenStore
 from ds_trainer.errors import DataError
 from ds_trainer.model.load import load_config
-from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data
+from ds_trainer.run_data import RunData, length_of, place_of, plan_steps, prepare_run_data
 
 REPORT = "data_report.json"
 _EXAMPLES = 2
@@ -126,7 +126,7 @@ def _source_lines(name: str, source: dict[str, Any]) -> Iterator[str]:
     count = len(source["files_read"])
     files = "1 file" if count == 1 else f"{count:,} files"
     yield f"\n{name}: {source['path']} (format {source['format']}, {files})"
-    read, kept = source["read"], source["documents"]
+    read, kept = source["read"], source["documents"] // source.get("together", 1)
     yield f"  records    {read:,} read, {kept:,} kept, {read - kept:,} left out"
     by_reason = sorted(source["bad_by_reason"].items(), key=lambda pair: -pair[1])
     for reason, count in by_reason:
@@ -160,7 +160,7 @@ def samples(tokenizer: Any, stores: list[TokenStore], count: int, colours: bool)
         yield Text(f"\nthe first samples of {store.meta['path']} ({marks})", style="bold")
         for document in range(min(count, store.num_documents)):
             ids, trained = store.sample(document)
-            place = f"{where(store.meta['files_read'], document)}:{store.line(document)}"
+            place = place_of(store, document)
             text = Text(f"{place}: {len(ids)} tokens, {sum(trained)} trained\n", style="bold")
             yield text.append(marked(tokenizer, ids, trained, colours))
 

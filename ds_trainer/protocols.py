@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,21 @@ class ModelBatch:
     """The token to be predicted at each of them: (num_targets,) int64."""
     num_tokens: int
     """Positions that hold a token, so without padding."""
-    num_pairs: int
+    attention_pairs: int
     """Pairs (token, token it attends to) under full causal attention inside each document; a token attends to itself too."""
+    sequence_lengths: Tensor | None = None
+    """Targets of each document that has any, in the order of the targets: (num_sequences,) int64, each at least 1."""
 
     @property
     def num_positions(self) -> int:
         """Positions the model computes, with padding where the layout has any."""
         return int(self.inputs["input_ids"].numel())
+
+    @property
+    def num_sequences(self) -> int:
+        """Documents that have a target; known without asking the device."""
+        assert self.sequence_lengths is not None, "`model.attention.arrange` counts them"
+        return self.sequence_lengths.numel()
 
     @property
     def num_targets(self) -> int:
@@ -71,5 +79,33 @@ class ModelBatch:
             target_positions=self.target_positions.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             num_tokens=self.num_tokens,
-            num_pairs=self.num_pairs,
+            attention_pairs=self.attention_pairs,
+            sequence_lengths=(None if self.sequence_lengths is None else self.sequence_lengths.to(device, non_blocking=True)),
         )
+
+
+MetricSums = Mapping[str, tuple["Tensor", int]]
+"""Name -> (sum, a scalar on the device without a gradient; of how many things). The names are the same on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """What an objective makes of a micro-batch.
+
+    The loss of a step is the sum over its terms k of (sum of terms[k] over all micro-batches and ranks) / units[k], where units
+    are those of `Objective.units`, added up in the same way.
+    """
+
+    terms: Tensor
+    """(num_terms,) with a gradient."""
+    metrics: MetricSums
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised: how a micro-batch is computed, and what its sums are means over."""
+
+    sums: Callable[[Callable[..., Tensor], ModelBatch], LossSums]
+    """(engine, batch on the engine's device) -> sums. Calls the engine equally often on every rank, with or without targets."""
+    units: Callable[[ModelBatch], tuple[int, ...]]
+    """(batch) -> what each term is a mean over: targets, pairs; (num_terms), known without computing anything."""

@@ -9,6 +9,8 @@ from typing import Any
 from ds_trainer import comm, faults, whereabouts
 from ds_trainer.agreement import digest
 from ds_trainer.arguments.engine_config import offload_device, written_optimizer, zero_stage
+from ds_trainer.arguments.objective import numbers_of
+from ds_trainer.arguments.schema import RunSettings
 from ds_trainer.assemble import Prepared, evaluate_rows
 from ds_trainer.checkpoint import manager
 from ds_trainer.checkpoint.keep import Keep
@@ -76,9 +78,9 @@ class Saving:
         self.finish()
         rows = min(max(engine.data_parallel_size * prepared.batch.micro_batch_size, PROBE_ROWS[0]), PROBE_ROWS[1])
         begun = time.monotonic()
-        loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, rows)
+        probe = evaluate_rows(prepared, engine, prepared.data.probe_rows, rows)
         probe_seconds = time.monotonic() - begun
-        require_finite(loss, state.step)
+        require_finite(probe.loss, state.step)
         whereabouts.at("saving")
         lanes = {name: cursor for each in comm.gather_objects(self._windows.cursors) for name, cursor in each.items()}
         slices, rest = engine.snapshot(copy=self._saver.background)
@@ -90,7 +92,7 @@ class Saving:
                 "run": run_identity(prepared),
                 "layout": engine_layout(prepared),
                 "engine": rest,
-                "probe": {"rows": rows, "loss": loss, "num_targets": num_targets},
+                "probe": {"rows": rows, "loss": probe.loss, "num_targets": probe.num_targets, "metrics": probe.metrics},
                 "held_out_loss": held_out_loss,
                 "settings": prepared.resolved.settings.model_dump(mode="json"),
             },
@@ -183,12 +185,17 @@ def resume(
     engine.restore(found.slices().read, rest)
     state = TrainState.from_json(found.manifest["state"])
     probe = found.manifest["probe"]
-    loss, _ = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])
-    if not abs(loss - probe["loss"]) <= tolerance * abs(probe["loss"]):
-        raise ResumeError(
-            f"{found.path} was loaded, but the model computes a loss of {loss:.6f} where {probe['loss']:.6f} was saved with "
-            "it. Were the base model or the held-out data changed? Start anew with --resume never."
-        )
+    found_now = evaluate_rows(prepared, engine, prepared.data.probe_rows, probe["rows"])
+    # The loss of a preference is a difference, which a changed base would leave alone: the log-probabilities are not.
+    compared = [("loss", found_now.loss, probe["loss"])]
+    metrics = probe.get("metrics", {})
+    compared += [(name, found_now.metrics[name], metrics[name]) for name in metrics if name.startswith("logps/")]
+    for name, value, theirs in compared:
+        if not abs(value - theirs) <= tolerance * abs(theirs):
+            raise ResumeError(
+                f"{found.path} was loaded, but the model computes a {name} of {value:.6f} where {theirs:.6f} was saved with "
+                "it. Were the base model or the held-out data changed? Start anew with --resume never."
+            )
     set_aside(folder, state.step, report)
     then, now = found.manifest["layout"], engine_layout(prepared)
     moved = "" if then == now else f"; saved on {layout_in_words(then)}, laid out anew for {layout_in_words(now)}"
@@ -213,6 +220,7 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "precision": settings.train.precision,
         "optimizer": written_optimizer(prepared.resolved),
         "adapter": settings.adapter.model_dump(mode="json") if settings.adapter else None,
+        **objective_identity(settings),
         "global_batch_size": prepared.plan.global_batch_size,
         "seed": settings.train.seed,
         **optimization(prepared),
@@ -223,6 +231,13 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
             {**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}
         ),
     }
+
+
+def objective_identity(settings: RunSettings) -> dict[str, Any]:
+    """The stage and its numbers; of a language model neither, for checkpoints of earlier versions do not name them."""
+    if settings.train.stage in ("pretrain", "sft"):
+        return {}
+    return {"stage": settings.train.stage, **{f"objective.{name}": value for name, value in numbers_of(settings).items()}}
 
 
 def engine_layout(prepared: Prepared) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ds_trainer.data.order import total_rows as total_rows_of
 from ds_trainer.data.prepare import Show, prepare_rows
 from ds_trainer.data.rows import TokenRows
 from ds_trainer.data.sources import Report
-from ds_trainer.data.store import where
+from ds_trainer.data.store import TokenStore, where
 from ds_trainer.data.stream import StreamPlan, StreamWindows, plan_stream
 from ds_trainer.errors import DataError
 from ds_trainer.loop import Plan
@@ -240,9 +240,13 @@ def samples_of_rows(
     order = order_of(data.rows, plan)
     rows = [order.row_at(position) for position in positions[micro_batch]]
     samples = [[] if row is None else data.rows.samples(row) for row in rows]
-    return [
-        [f"{where(store.meta['files_read'], document)}:{store.line(document)}" for store, document in each] for each in samples
-    ]
+    return [[place_of(store, document) for store, document in each] for each in samples]
+
+
+def place_of(store: TokenStore, document: int) -> str:
+    """Where a document comes from: path:line, and which answer of a pair it is."""
+    answer = (" (chosen)", " (rejected)")[document % 2] if store.meta.get("together", 1) == 2 else ""
+    return f"{where(store.meta['files_read'], document)}:{store.line(document)}{answer}"
 
 
 def read_windows(

@@ -99,6 +99,7 @@ def train(
             data_waits=lambda: windows.waited_seconds,
             own_seconds=engine.own_seconds,
             speed=speed_of(prepared, engine, progress.say),
+            take_metrics=engine.take_metrics,
         )
         saving = Saving(prepared, engine, folder, recorder, windows)
         first_step = state.step
@@ -157,8 +158,9 @@ def evaluate_and_save(prepared: Prepared, engine: Engine, recorder: Recorder, sa
     is_last = state.step == prepared.plan.max_steps
     held_out_loss = None
     if settings.evaluate and prepared.data.held_out and (is_last or is_due(state.step, settings.evaluate.every_steps)):
-        held_out_loss, num_targets = evaluate_rows(prepared, engine, prepared.data.held_out, settings.evaluate.max_rows)
-        recorder.evaluation(step=state.step, loss=held_out_loss, num_targets=num_targets)
+        result = evaluate_rows(prepared, engine, prepared.data.held_out, settings.evaluate.max_rows)
+        recorder.evaluation(step=state.step, result=result)
+        held_out_loss = result.loss
     if is_last or is_due(state.step, settings.checkpoint.every_steps):
         saving.save(state, held_out_loss)
     saving.poll()

@@ -2,7 +2,8 @@
 
 Writes into the folder: train.jsonl and held_out.jsonl (`text`: the language reference and every documented module of the
 standard library), pairs_train.jsonl and pairs_held_out.jsonl (`prompt`, `response`: a signature and what it does),
-tokenizer/ (byte-level BPE trained on train.jsonl) and corpus.json with the figures.
+preferences_train.jsonl and preferences_held_out.jsonl (`prompt`, `chosen`, `rejected`: the right answer, and one to another
+question), tokenizer/ (byte-level BPE trained on train.jsonl) and corpus.json with the figures.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from pydoc_data.topics import topics
 HELD_OUT_PCT = 5
 VOCABULARY = 4096
 END = "<|endoftext|>"
+NAMES_A_THING = {"a", "an", "the", "this", "base", "abstract", "class", "mix-in", "mixin", "simple", "generic"}
+"""How an answer begins that says what something is, and not what it does."""
+TIMES_A_CLASS = 4
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__pycache__"}
 
 
@@ -66,6 +70,37 @@ def write(folder: Path, name: str, records: list[tuple[str, dict[str, str]]]) ->
     return parts
 
 
+def preferences(pairs: list[tuple[str, dict[str, str]]]) -> list[tuple[str, dict[str, str]]]:
+    """Questions with their own answer and that of another question: of a class for a function, and the other way round.
+
+    Only answers in the usual form are taken (a function does something, a class is something), and the other one is from the
+    same part of the split, from another module.
+    """
+    kinds: dict[tuple[bool, bool], list[tuple[str, dict[str, str]]]] = {}
+    for source, pair in pairs:
+        of_class = pair["prompt"].split("\n")[1].startswith("class ")
+        if of_class == (pair["response"].split()[0].lower() in NAMES_A_THING):
+            kinds.setdefault((is_held_out(source), of_class), []).append((source, pair))
+    found = []
+    for (held_out, of_class), own in kinds.items():
+        others = kinds.get((held_out, not of_class), [])
+        # Few classes are documented: each is asked of several times, and as many functions: no kind is the better guess.
+        number = TIMES_A_CLASS * min(len(own), len(others))
+        order = sorted(
+            (
+                (hashlib.sha256(f"{n} {pair['prompt']}".encode()).hexdigest(), source, pair)
+                for source, pair in own
+                for n in range(TIMES_A_CLASS if of_class else 1)
+            ),
+            key=lambda each: each[0],
+        )
+        for key, source, pair in order[:number]:
+            other_source, other = others[int(key, 16) % len(others)]
+            if other_source != source:
+                found.append((source, {"prompt": pair["prompt"], "chosen": pair["response"], "rejected": other["response"]}))
+    return found
+
+
 def unigram_entropy(tokenizer, train: list[str], held_out: list[str]) -> float:
     """Nats a held-out token costs a model that knows only how often each token occurs in the training part."""
     counts: Counter[int] = Counter()
@@ -80,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    if (folder / "corpus.json").is_file():
+    if (folder / "corpus.json").is_file() and (folder / "preferences_train.jsonl").is_file():
         print(f"the corpus is there already: {folder}")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +135,8 @@ def main() -> None:
                 pairs.append((f"module {module}", {"prompt": question, "response": answer}))
     split = write(folder, "", texts)
     write(folder, "pairs_", pairs)
+    preferred = preferences(pairs)
+    write(folder, "preferences_", preferred)
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -119,6 +156,7 @@ def main() -> None:
     figures = {
         "texts": len(texts),
         "pairs": len(pairs),
+        "preferences": len(preferred),
         "megabytes": round(sum(len(record["text"].encode()) for _, record in texts) / 1e6, 2),
         "vocabulary": VOCABULARY,
         "unigram_entropy_nats": round(unigram_entropy(bpe, train, held_out), 4),

@@ -98,7 +98,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Fill a folder with a tokenizer, 60 texts of very different length, and 40 conversations."""
+    """Fill a folder with a tokenizer, 60 texts of very different length, 40 conversations and 40 pairs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -116,6 +116,15 @@ def write_corpus(folder: Path) -> None:
         for i in range(40)
     ]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    pairs = [
+        {
+            "prompt": f"say {words[i % len(words)]}",
+            "chosen": " ".join(words[i % 5 : i % 5 + 3 + i % 4]),
+            "rejected": " ".join(reversed(words[i % 7 : i % 7 + 2 + i % 5])),
+        }
+        for i in range(40)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

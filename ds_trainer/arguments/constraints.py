@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_trainer.arguments.deepspeed_keys import OPTIMIZER_PARAMS, SCHEDULER_PARAMS, SCHEDULES, show
-from ds_trainer.arguments.schema import RunSettings
+from ds_trainer.arguments.objective import NUMBERS, PAIR_STAGES, numbers_of
+from ds_trainer.arguments.schema import ObjectiveSection, RunSettings
 from ds_trainer.arguments.sources import DEFAULT, Located
 from ds_trainer.errors import Problem
 
@@ -132,7 +133,71 @@ def _only_stage_3() -> Iterable[Constraint]:
         )
 
 
+def _objective() -> Iterable[Constraint]:
+    for field in ObjectiveSection.model_fields:
+        takers = [stage for stage, numbers in NUMBERS.items() if field in numbers]
+        yield Constraint(
+            f"{field}_is_of_the_objective",
+            f"objective.{field}",
+            lambda v, field=field: v.has(f"objective.{field}") and field not in NUMBERS[v.settings.train.stage],  # type: ignore[misc]
+            f"objective.{field} is a number of train.stage = {' and '.join(takers)}, and train.stage = {{stage}} would not "
+            "read it. Remove it.",
+            "objectives/",
+        )
+
+
+def _on_pairs(view: View) -> bool:
+    return view.settings.train.stage in PAIR_STAGES
+
+
 CONSTRAINTS: tuple[Constraint, ...] = (
+    # The objective.
+    *_objective(),
+    Constraint(
+        "label_smoothing_has_two_sides",
+        "objective.label_smoothing",
+        lambda v: numbers_of(v.settings).get("label_smoothing", 0) > 0 and numbers_of(v.settings)["loss"] in ("hinge", "ipo"),
+        "objective.label_smoothing has a meaning for the losses sigmoid and robust only. Remove it, or change objective.loss.",
+        "objectives/dpo.py",
+    ),
+    Constraint(
+        "robust_needs_label_smoothing",
+        "objective.loss",
+        lambda v: numbers_of(v.settings).get("loss") == "robust" and numbers_of(v.settings)["label_smoothing"] == 0,
+        "objective.loss = robust without label_smoothing is sigmoid. Say how many preferences are expected to be wrong: "
+        "objective.label_smoothing=0.1; or remove objective.loss.",
+        "objectives/dpo.py",
+    ),
+    Constraint(
+        "pairs_are_whole",
+        "data.overlong",
+        lambda v: _on_pairs(v) and v.settings.data.overlong not in (None, "drop"),
+        "data.overlong cuts answers, and a cut answer is not the one that was judged: train.stage = {stage} drops a pair that "
+        "is longer than a row, and counts it. Write data.overlong=drop, or raise data.seq_len.",
+        "docs/design/preference.md",
+    ),
+    Constraint(
+        "pairs_have_fixed_targets",
+        "data.train_on",
+        lambda v: _on_pairs(v) and v.has("data.train_on"),
+        "data.train_on has no effect on train.stage = {stage}: answers are compared whole, and prompts are no targets. "
+        "Remove it.",
+        "docs/design/preference.md",
+    ),
+    Constraint(
+        "pairs_are_not_streamed",
+        "data.streaming",
+        lambda v: _on_pairs(v) and v.settings.data.streaming,
+        "data.streaming is for texts and conversations; train.stage = {stage} reads its pairs from the token cache. Remove it.",
+        "docs/design/preference.md",
+    ),
+    Constraint(
+        "a_value_has_no_logits",
+        "model.chunked_loss",
+        lambda v: v.settings.train.stage == "reward" and v.has("model.chunked_loss"),
+        "model.chunked_loss has no effect on train.stage = reward, which makes no logits. Remove it.",
+        "objectives/reward.py",
+    ),
     # The data.
     Constraint(
         "weights_for_all_sources_or_none",
@@ -269,6 +334,15 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "the adapter at adapter.lora.path has its own adapter_config.json, which says its rank, alpha, targets and variant. "
         "Remove these settings beside it: " + ", ".join(f"adapter.lora.{name}" for name in ADAPTER_SHAPE) + ".",
         "peft, PeftConfig.from_pretrained",
+    ),
+    Constraint(
+        "dpo_compares_with_the_base",
+        "adapter.lora.path",
+        lambda v: v.settings.train.stage == "dpo" and v.has("adapter.lora.path"),
+        "dpo compares with the model before the run, and with LoRA that is the base with the adapter off: it would be another "
+        "model than the one this run starts from. Merge the adapter into its base (ds_trainer export --merge), and name that "
+        "folder as model.path.",
+        "objectives/reference.py",
     ),
     Constraint(
         "rates_by_group_need_our_schedule",

@@ -124,7 +124,7 @@ class DataSection(Section):
     packing: bool = True
     """Put several samples in one row; they never see one another. Without it a row holds one sample and padding."""
     overlong: Literal["truncate", "split", "drop"] | None = None
-    """What happens to a sample longer than seq_len: `split` by default for pretrain, `truncate` for sft. Counted either way."""
+    """A sample longer than seq_len: by default `split` for pretrain, `truncate` for sft, `drop` for pairs. Always counted."""
     chat_template: NonEmptyText | None = None
     """Replaces the tokenizer's chat template: a built-in one (`plain`, `chatml`, `llama3`) or a Jinja file."""
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
@@ -150,8 +150,8 @@ class DataSection(Section):
 class TrainSection(Section):
     """What one run does: how long, how large the steps, how the weights move."""
 
-    stage: Literal["pretrain", "sft"]
-    """`pretrain` trains on every token, `sft` on the assistant's tokens."""
+    stage: Literal["pretrain", "sft", "reward", "dpo", "orpo", "simpo"]
+    """`pretrain` trains on every token, `sft` on the assistant's; `dpo`, `orpo`, `simpo` and `reward` on pairs of answers."""
     max_steps: PositiveInt | None = None
     """Optimizer steps in all. Give this or `epochs`."""
     epochs: Annotated[float, Field(gt=0.0)] | None = None
@@ -196,6 +196,21 @@ class TrainSection(Section):
     """A rank without progress for so long says where it is and ends the run. Longer than any micro-step or save."""
     collective_timeout_seconds: PositiveInt = 900
     """The same before the first step, and for any collective. Longer than `hang_timeout_seconds`, which can say more."""
+
+
+class ObjectiveSection(Section):
+    """The numbers of the objective. Each stage takes its own, and refuses the others."""
+
+    loss: Literal["sigmoid", "robust", "hinge", "ipo"] | None = None
+    """dpo: what is made of the difference between the two answers; `sigmoid` by default."""
+    beta: Annotated[float, Field(gt=0.0)] | None = None
+    """dpo: how much the policy is held to the reference, 0.1 by default. simpo: scale of the rewards, 2.0 by default."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
+    """dpo with `sigmoid` or `robust`: the share of the preferences that is expected to be wrong; 0 by default."""
+    gamma: NonNegativeFloat | None = None
+    """simpo: the margin that is aimed at, in rewards; 1.0 by default."""
+    odds_weight: Annotated[float, Field(gt=0.0)] | None = None
+    """orpo: weight of the odds ratio beside the imitation of the chosen answer; 0.1 by default."""
 
 
 class EvaluateSection(Section):
@@ -269,6 +284,8 @@ class RunSettings(Section):
     """What it is trained on."""
     train: TrainSection
     """How it is trained."""
+    objective: ObjectiveSection | None = None
+    """The numbers of what is minimised; for the stages that train on pairs."""
     evaluate: EvaluateSection | None = None
     """What it is measured on."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
@@ -277,3 +294,8 @@ class RunSettings(Section):
     """Where it is kept."""
     monitor: MonitorSection = MonitorSection()
     """What is written about it."""
+
+    @property
+    def lora(self) -> LoraSection | None:
+        """The section `adapter.lora`, where that is what is trained."""
+        return self.adapter.lora if self.adapter else None

@@ -88,8 +88,13 @@ class TokenizedChunk:
     counts: Mapping[str, int] = field(default_factory=dict)
     """What else is worth telling: `blank lines`, `records with text like a control token`, ..."""
 
-    def head(self, documents: int) -> TokenizedChunk:
-        """The first documents alone (at least one), and what was read up to the last of them."""
+    def head(self, documents: int, together: int = 1) -> TokenizedChunk:
+        """The first documents alone (at least one), and what was read up to the last of them.
+
+        Args:
+            documents: how many.
+            together: documents of a record; a divisor of their number.
+        """
         spans, span_counts = self.spans, self.span_counts
         if spans is not None and span_counts is not None:
             span_counts = span_counts[:documents]
@@ -101,7 +106,7 @@ class TokenizedChunk:
             spans=spans,
             span_counts=span_counts,
             lines=self.lines[:documents],
-            read=documents + len(bad),
+            read=documents // together + len(bad),
             bad=bad,
             counts=self.counts,
         )

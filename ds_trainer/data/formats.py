@@ -14,6 +14,10 @@ from typing import Any, Literal
 
 from ds_trainer.data.chunks import BadRecordError, Record
 
+Stage = Literal["pretrain", "sft", "reward", "dpo", "orpo", "simpo"]
+"""`train.stage`."""
+Records = Literal["pretrain", "sft", "preference", "kto"]
+"""What a stage trains on: texts, conversations, pairs of answers, labelled answers."""
 Format = Literal["text", "messages", "sharegpt", "prompt_response", "alpaca", "preference", "kto", "tokens"]
 Message = dict[str, Any]
 """`role` and `content` (text, empty if the assistant only calls tools), and `tool_calls`, `tool_call_id`, `name` if given.
@@ -42,6 +46,7 @@ class Reason(StrEnum):
     TWO_ANSWERS = "two answers"
     EQUAL_ANSWERS = "equal answers"
     OTHER_PROMPT = "an answer to another prompt"
+    PROMPT_TOO_LONG = "prompt longer than a row"
     INVALID_TOOL = "invalid tool"
     INVALID_TOOL_CALL = "invalid tool call"
     TOOL_WITHOUT_CALL = "tool result without a call"
@@ -208,8 +213,8 @@ class FormatRule:
     """Whether a record with these keys is of the format."""
     keys: frozenset[str]
     """The keys that are read."""
-    stage: Literal["pretrain", "sft", "preference", "kto"]
-    """The stage that can train on it."""
+    stage: Records
+    """What it holds, by which stages can train on it."""
 
 
 def _rule(convert: Callable[[Record], Any], stage: Any, needed: str, optional: str = "", either: str = "") -> FormatRule:
@@ -233,6 +238,16 @@ FORMATS: dict[Format, FormatRule] = {
     "kto": _rule(kto, "kto", "prompt completion label", "tools"),
     "tokens": _rule(_tokens, "pretrain", ""),
 }
+
+
+def records_of(stage: Stage) -> Records:
+    """What a stage trains on."""
+    return stage if stage == "pretrain" or stage == "sft" else "preference"
+
+
+def documents_of(stage: Stage) -> int:
+    """Documents that a record becomes, which are fed together: a pair is two, chosen and rejected."""
+    return 2 if records_of(stage) == "preference" else 1
 
 
 def fitting_formats(keys: Collection[str]) -> list[Format]:

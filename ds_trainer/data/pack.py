@@ -75,13 +75,13 @@ def cut_documents(lengths: Ints, seq_len: int, overlong: Overlong) -> Cut:
     )
 
 
-def one_row_each(segments: Segments) -> Rows:
-    """Rows without packing: a segment each, in mixed order."""
-    order = _mixed(len(segments.length))
-    return Rows(np.arange(len(order) + 1), segments.take(order))
+def one_row_each(segments: Segments, together: int = 1) -> Rows:
+    """Rows without packing: a segment each, or as many as belong together, in mixed order."""
+    order = _mixed(len(segments.length) // together)
+    return Rows(np.arange(len(order) + 1) * together, segments.take(_members(order, together)))
 
 
-def pack(segments: Segments, seq_len: int) -> Rows:
+def pack(segments: Segments, seq_len: int, together: int = 1) -> Rows:
     """Pack segments into rows by best-fit decreasing: the longest first, each into the fullest row that can take it.
 
     Segments of equal length are placed together, so the cost grows with the number of distinct lengths more than with that
@@ -90,15 +90,21 @@ def pack(segments: Segments, seq_len: int) -> Rows:
     Args:
         segments: none longer than seq_len.
         seq_len: positions in a row.
+        together: so many consecutive segments are placed as one item; their sum is not longer than seq_len.
 
     Returns:
         Rows in mixed order: the first rows are no longer or shorter than the others. Within a row, document order.
     """
-    row_of = best_fit_decreasing(segments.length, seq_len)
+    row_of = best_fit_decreasing(segments.length.reshape(-1, together).sum(axis=1), seq_len)
     num_rows = int(row_of.max(initial=-1)) + 1
     row_of = _mixed(num_rows)[row_of]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
-    return Rows(offsets, segments.take(_stable_order(row_of, num_rows)))
+    return Rows(offsets * together, segments.take(_members(_stable_order(row_of, num_rows), together)))
+
+
+def _members(groups: Ints, together: int) -> Ints:
+    """The segments of groups, in the order of the groups."""
+    return (groups[:, None] * together + np.arange(together)).ravel()
 
 
 def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:

@@ -21,12 +21,13 @@ from ds_trainer import faults
 from ds_trainer.arguments.schema import DataSection, Source
 from ds_trainer.data.cache import build_once, describe_files, fingerprint
 from ds_trainer.data.chunks import BadRecord, Chunk, TokenizedChunk
+from ds_trainer.data.formats import FORMATS, Stage, documents_of, records_of
 from ds_trainer.data.lease import Lease
 from ds_trainer.data.pack import Overlong
 from ds_trainer.data.readers import read_chunks
 from ds_trainer.data.render import effective_chat_template
 from ds_trainer.data.rows import Pool, TokenRows, fingerprint_of, write_rows
-from ds_trainer.data.sources import FoundSource, Report, Stage, find_sources
+from ds_trainer.data.sources import FoundSource, Report, find_sources
 from ds_trainer.data.store import StoreWriter, TokenStore, bring_corpus
 from ds_trainer.data.tokenize import Recipe, make_recipe
 from ds_trainer.data.workers import all_cores, tokenize_in_order
@@ -67,6 +68,8 @@ class Tally:
     bad_by_reason: dict[str, int] = field(default_factory=dict)
     bad_records: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    together: int = 1
+    """Documents of a record."""
     lengths: list[int] = field(default_factory=lambda: [0] * 32)
     """Documents of 1 token, of 2 to 3, of 4 to 7, ..."""
     files_read: list[dict[str, Any]] = field(default_factory=list)
@@ -173,10 +176,10 @@ def recipes_of(
     """How the records of each source become tokens."""
     if stage == "pretrain" and tokenizer.eos_token_id is None:
         report("the tokenizer has no end-of-text token: documents end without one")
-    if stage == "sft":
+    if stage != "pretrain":
         own = "the tokenizer's" if tokenizer.chat_template is not None else "plain, since the tokenizer has none"
         report(f"chat template: {data.chat_template or own}")
-    template = effective_chat_template(tokenizer, data.chat_template) if stage == "sft" else None
+    template = effective_chat_template(tokenizer, data.chat_template) if stage != "pretrain" else None
     return [
         make_recipe(
             tokenizer,
@@ -185,6 +188,7 @@ def recipes_of(
             stage=stage,
             template=template,
             train_on=data.train_on,
+            seq_len=data.seq_len,
         )
         for source in found
     ]
@@ -192,6 +196,8 @@ def recipes_of(
 
 def overlong_of(data: DataSection, stage: Stage) -> Overlong:
     """What happens to a sample longer than a row: as the run file says, or by default of the stage."""
+    if records_of(stage) == "preference":
+        return "drop"  # a cut answer is not the one that was judged
     return data.overlong or ("split" if stage == "pretrain" else "truncate")
 
 
@@ -262,13 +268,14 @@ def _fill(
     tally, sizes = _taken_up(target)
     if tally.chunks:
         meter.take_up(tally)
+    tally.together = 2 if FORMATS[recipe.format].stage == "preference" else 1
     writer = StoreWriter(target, sizes)
     kept = time.monotonic()
     try:
         for path, done, chunk in _tokenized(source, recipe, workers, timeout_seconds, tally.chunks):
-            wanted = source.source.max_samples
+            wanted = None if source.source.max_samples is None else source.source.max_samples * tally.together
             if wanted is not None and tally.documents + len(chunk.lengths) >= wanted:
-                chunk = chunk.head(wanted - tally.documents)
+                chunk = chunk.head(wanted - tally.documents, tally.together)
             writer.append(chunk)
             tally.add(path, chunk)
             meter.move(tally, path, done)
@@ -399,7 +406,13 @@ def _prepare_pool(
         shutil.rmtree(target)
         target.mkdir()
         return settings | write_rows(
-            target, stores, seq_len=seq_len, packing=data.packing, overlong=overlong, progress=lease.progress
+            target,
+            stores,
+            seq_len=seq_len,
+            packing=data.packing,
+            overlong=overlong,
+            together=documents_of(stage),
+            progress=lease.progress,
         )
 
     meta = build_once(folder, build, what="rows", report=report, head_start=head_start)
@@ -411,6 +424,16 @@ def _prepare_pool(
             "predict. Give records with longer texts or answers, or raise data.seq_len."
         )
     untrained, documents = meta["untrained_documents"], meta["documents"]
+    if (
+        documents_of(stage) == 2
+        and data.overlong is None
+        and meta["overlong_documents"] > data.max_untrained_fraction * documents
+    ):
+        raise DataError(
+            f"{names}: {meta['overlong_documents']:,} of {documents:,} pairs are longer than a row of {seq_len:,}, chosen and "
+            f"rejected together, and data.max_untrained_fraction allows {data.max_untrained_fraction:.1%} to be dropped for "
+            "it. Raise data.seq_len or the limit, or write data.overlong=drop."
+        )
     if untrained > data.max_untrained_fraction * documents:
         raise DataError(
             f"{names}: {untrained:,} of {documents:,} samples ({untrained / documents:.1%}) have no token left to train on in "

@@ -235,13 +235,23 @@ def write_rows(
     seq_len: int,
     packing: bool,
     overlong: Overlong,
+    together: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, int]:
     """Plan the rows of documents and write the plan; memory does not grow with their number.
 
+    Args:
+        folder: takes the plan.
+        stores: of the documents.
+        seq_len: positions in a row.
+        packing: several samples a row.
+        overlong: what happens to a longer sample.
+        together: documents of a sample, which lie in one row, one after the other; more than 1 with `drop` only.
+        progress: takes a line about the work.
+
     Returns:
-        Counts: `rows`, `tokens`, `targets`, `documents`, `overlong_documents`, `lost_tokens`, `untrained_documents` (that
-        lost all their targets with the cut) and `untrained_pieces`.
+        Counts: `rows`, `tokens`, `targets`, `documents` (samples), `overlong_documents`, `lost_tokens`, `untrained_documents`
+        (that lost all their targets with the cut) and `untrained_pieces`.
     """
     counts: Counter[str] = Counter(rows=0)
     done = np.zeros(2, np.int64)
@@ -252,8 +262,11 @@ def write_rows(
         for number, store in enumerate(stores):
             for first in range(0, store.num_documents, PACKED_TOGETHER):
                 documents = np.arange(first, min(first + PACKED_TOGETHER, store.num_documents))
-                segments = _trained_segments(store, documents, seq_len, overlong, counts)
-                rows = pack(segments, seq_len) if packing else one_row_each(segments)
+                if together == 1:
+                    segments = _trained_segments(store, documents, seq_len, overlong, counts)
+                else:
+                    segments = _fitting_groups(store, documents, seq_len, together, counts)
+                rows = pack(segments, seq_len, together) if packing else one_row_each(segments, together)
                 plan = lay_out(store, rows, store_number=number)
                 for file, values in zip(files, (plan.borders[1:] + done, plan.segments, plan.spans), strict=True):
                     file.write(np.ascontiguousarray(values).data)
@@ -283,6 +296,27 @@ def _trained_segments(store: Store, documents: Ints, seq_len: int, overlong: Ove
     counts["untrained_documents"] += len(documents) - trained - dropped
     counts["untrained_pieces"] += int((targets == 0).sum())
     return kept
+
+
+def _fitting_groups(store: Store, documents: Ints, seq_len: int, together: int, counts: Counter[str]) -> Segments:
+    """The segments of consecutive groups of documents: a group that is longer than a row, or of which a document has nothing
+    to learn, is left out as a whole.
+    """
+    lengths = store.lengths[documents].astype(np.int64)
+    whole = Segments(documents, np.zeros_like(lengths), lengths)
+    low, high, segment = _trained_spans(store, whole)
+    targets = np.bincount(segment, weights=high - low, minlength=len(lengths))
+    fits = lengths.reshape(-1, together).sum(axis=1) <= seq_len
+    trained = (targets.reshape(-1, together) > 0).all(axis=1)
+    kept = np.repeat(fits & trained, together)
+    counts["documents"] += len(fits)
+    counts["tokens"] += int(lengths[kept].sum())
+    counts["targets"] += int(targets[kept].sum())
+    counts["overlong_documents"] += int((~fits).sum())
+    counts["lost_tokens"] += int(lengths[np.repeat(~fits, together)].sum())
+    counts["untrained_documents"] += int((fits & ~trained).sum())
+    counts["untrained_pieces"] += int((targets == 0).sum())
+    return whole.take(kept)
 
 
 def _trained_spans(store: Store, segments: Segments) -> tuple[Ints, Ints, Ints]:

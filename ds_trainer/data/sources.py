@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ds_trainer.arguments.schema import Source
 from ds_trainer.data.chunks import BadRecord, Record
-from ds_trainer.data.formats import FORMATS, Format, fitting_formats
+from ds_trainer.data.formats import FORMATS, Format, Stage, fitting_formats, records_of
 from ds_trainer.data.readers import Kind, check_magic, json_kind, parse_chunk, read_chunks
 from ds_trainer.errors import DataError
 
-Stage = Literal["pretrain", "sft"]
 Report = Callable[[str], None]
 """Takes one line meant for the user."""
 
@@ -62,7 +61,7 @@ def find_sources(sources: Sequence[Source], stage: Stage, report: Report) -> lis
 
     Args:
         sources: as the run file has them; paths are relative to the current folder.
-        stage: `pretrain` needs texts, `sft` conversations.
+        stage: `pretrain` needs texts, `sft` conversations, the others pairs of answers.
         report: is told the format of each source, and which keys of its records are not used.
 
     Raises:
@@ -347,7 +346,7 @@ def _detect_format(path: Path, keys: Sequence[str]) -> Format:
 
 def _check_stage(path: str, format: Format, stage: Stage) -> None:
     needed = FORMATS[format].stage
-    if needed == stage:
+    if needed == records_of(stage):
         return
     if stage == "pretrain" and needed == "sft":
         raise DataError(
@@ -359,8 +358,19 @@ def _check_stage(path: str, format: Format, stage: Stage) -> None:
             f"{path}: format text has no assistant turns, but train.stage = sft trains on those only. "
             'Write train.stage=pretrain, or give records like {"prompt": ..., "response": ...}.'
         )
+    if records_of(stage) == "preference":
+        raise DataError(
+            f"{path}: format {format} holds no pairs of answers, and train.stage = {stage} compares the two of a pair. "
+            'Give records like {"prompt": ..., "chosen": ..., "rejected": ...}.'
+        )
+    if needed == "preference":
+        raise DataError(
+            f"{path}: format {format} holds pairs of answers, but train.stage = {stage}. Write train.stage=dpo (or reward, "
+            "orpo, simpo), or give the answers to imitate as prompt_response or messages."
+        )
     raise DataError(
-        f"{path}: format {format} is for train.stage = {needed}, but train.stage = {stage}. Use data of another format."
+        f"{path}: format {format} holds labelled answers, which no stage trains on yet. Give pairs for train.stage=dpo, or the "
+        "answers to imitate as prompt_response or messages for train.stage=sft."
     )
 
 

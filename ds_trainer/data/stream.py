@@ -22,13 +22,14 @@ import numpy as np
 from ds_trainer.arguments.schema import DataSection
 from ds_trainer.data.cache import describe_files, fingerprint
 from ds_trainer.data.chunks import Chunk, TokenizedChunk
+from ds_trainer.data.formats import Stage
 from ds_trainer.data.loader import Windows
 from ds_trainer.data.order import turn_at
 from ds_trainer.data.pack import Overlong, one_row_each, pack
 from ds_trainer.data.prepare import Tally, judge, overlong_of, recipes_of
 from ds_trainer.data.readers import read_chunks
 from ds_trainer.data.rows import Batch, Block
-from ds_trainer.data.sources import FoundSource, Report, Stage, find_sources
+from ds_trainer.data.sources import FoundSource, Report, find_sources
 from ds_trainer.data.tokenize import Recipe
 from ds_trainer.data.workers import TokenizerPool
 from ds_trainer.errors import DataError

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ds_trainer.data.chunks import BadRecord, BadRecordError, Chunk, TokenizedChunk
-from ds_trainer.data.formats import FORMATS, Conversation, Format
+from ds_trainer.data.formats import FORMATS, Conversation, Format, Pair, Reason, Stage, records_of
 from ds_trainer.data.readers import parse_chunk
 from ds_trainer.data.render import (
     ControlTokens,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Backend = dict[str, Any]
 """A tokenizer as the `tokenizers` library writes it."""
 Item = TypeVar("Item")
+_Spanned = tuple[NDArray[np.int32], list[Span]]
 
 LARGEST_UINT16 = 65_500
 """Tokenizers with fewer ids than this are stored in 16 bits; the same limit as Megatron's, whose files we read."""
@@ -57,7 +58,8 @@ class Recipe:
     """All that decides which tokens a record becomes. Picklable; says nothing about files."""
 
     format: Format
-    stage: Literal["pretrain", "sft"]
+    stage: Literal["pretrain", "sft", "preference", "reward"]
+    """What a record becomes: a text, a conversation, or two, of which the answers or only the last token are targets."""
     fields: Mapping[str, str]
     """The format's key -> the record's, as in `Source.fields`."""
     backend: str
@@ -73,10 +75,17 @@ class Recipe:
     train_on: TrainOn
     dtype: Literal["uint16", "int32"]
     """Holds every id of the tokenizer."""
+    row_tokens: int | None = None
+    """Of pairs: `data.seq_len`, which a prompt must not fill."""
+    pad: int | None = None
+    """Of `reward`: what a model with a value head takes for padding; None if the tokenizer has none."""
 
     def fingerprint_parts(self) -> dict[str, Any]:
         """Everything as JSON, the tokenizer by its hash: equal parts and equal records give equal tokens."""
         parts = asdict(self)
+        for name in ("row_tokens", "pad"):  # so that the caches of texts and conversations keep their names
+            if parts[name] is None:
+                del parts[name]
         return parts | {"backend": hashlib.sha256(self.backend.encode()).hexdigest()}
 
 
@@ -85,9 +94,10 @@ def make_recipe(
     *,
     format: Format,
     fields: Mapping[str, str],
-    stage: Literal["pretrain", "sft"],
+    stage: Stage,
     template: str | None,
     train_on: TrainOn = "assistant",
+    seq_len: int | None = None,
 ) -> Recipe:
     """Decide how the records of a source become tokens.
 
@@ -98,31 +108,28 @@ def make_recipe(
         stage: `train.stage`.
         template: as `effective_chat_template` gives it; None for `pretrain`.
         train_on: `data.train_on`; texts are always trained whole.
+        seq_len: `data.seq_len`; it matters for pairs only.
 
     Raises:
         DataError: the format belongs to another stage, or the template is no valid Jinja.
         ModelError: the tokenizer is a slow one.
     """
-    needed = FORMATS[format].stage
-    if needed in ("preference", "kto"):
-        what = "pairs" if needed == "preference" else "labelled answers"
-        raise DataError(
-            f"format {format} holds {what} and comes with the preference stages; train.stage={stage} cannot train on it. "
-            "Give the answers to imitate as prompt_response or messages."
-        )
-    if needed != stage:
+    needed, records = FORMATS[format].stage, records_of(stage)
+    if needed != records:
         raise DataError(f"format {format} is for train.stage={needed}, not {stage}. Change one of them.")
     recipe = Recipe(
         format=format,
-        stage=stage,
+        stage="reward" if stage == "reward" else stage if stage == "pretrain" or stage == "sft" else "preference",
         fields=dict(fields),
         backend=backend_json(tokenizer),
         special_tokens=dict(tokenizer.special_tokens_map),
         bos=tokenizer.bos_token_id if adds_bos(tokenizer) else None,
         eos=tokenizer.eos_token_id,
-        template=template if stage == "sft" else None,
+        template=None if stage == "pretrain" else template,
         train_on=train_on,
         dtype="uint16" if max(tokenizer.get_vocab().values(), default=0) < LARGEST_UINT16 else "int32",
+        row_tokens=seq_len if records == "preference" else None,
+        pad=tokenizer.pad_token_id if stage == "reward" else None,
     )
     if recipe.template is not None:
         trial = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
@@ -225,7 +232,9 @@ class ChunkTokenizer:
             DataError: the template is no valid Jinja.
             ModelError: the tokenizer changes the private characters that stand for control tokens.
         """
-        return self._texts(chunk) if self._recipe.stage == "pretrain" else self._conversations(chunk)
+        if self._recipe.stage == "pretrain":
+            return self._texts(chunk)
+        return self._conversations(chunk) if self._recipe.stage == "sft" else self._pairs(chunk)
 
     @cached_property
     def _plain(self) -> _Encoder:
@@ -293,6 +302,64 @@ class ChunkTokenizer:
                 documents.append((line, ids.astype(recipe.dtype)))
                 spans.append(found)
         return work.done(documents, spans, recipe.dtype)
+
+    def _pairs(self, chunk: Chunk) -> TokenizedChunk:
+        """Two documents for each record, the chosen one first."""
+        recipe = self._recipe
+        assert recipe.template is not None
+        work = _Work(chunk)
+        items: list[tuple[int, Rendered]] = []
+        for line, record in work.records():
+            try:
+                pair = self._convert(rename(record, recipe.fields))
+                assert isinstance(pair, Pair)
+                items += [
+                    (line, render_conversation(each, recipe.template, recipe.special_tokens, control=self._control))
+                    for each in (pair.chosen, pair.rejected)
+                ]
+            except BadRecordError as error:
+                work.refuse(line, error)
+        documents, spans = [], []
+        encoded = self._in_order(work, items, _Encoder.ids_and_spans)
+        for (line, chosen), (_, rejected) in zip(encoded, encoded, strict=True):
+            try:
+                both = self._targets_of_pair(chosen, rejected)
+            except BadRecordError as error:
+                work.refuse(line, error)
+                continue
+            documents += [(line, ids.astype(recipe.dtype)) for ids, _ in both]
+            spans += [found for _, found in both]
+        return work.done(documents, spans, recipe.dtype)
+
+    def _targets_of_pair(self, *answers: tuple[NDArray[np.int32], list[Span] | BadRecordError]) -> list[_Spanned]:
+        """What is a target of a chosen and a rejected answer.
+
+        Raises:
+            BadRecordError: it cannot be told, nothing differs, or there is no room for an answer.
+        """
+        recipe, both = self._recipe, []
+        for name, (ids, found) in zip(("chosen", "rejected"), answers, strict=True):
+            if isinstance(found, BadRecordError):
+                raise BadRecordError(found.reason, f"`{name}`: {found}")
+            if not found:
+                raise BadRecordError(Reason.NOTHING_TRAINED, f"`{name}` has no token of its own; write the answer")
+            prompt = found[0][0]
+            if recipe.row_tokens is not None and prompt >= recipe.row_tokens:
+                raise BadRecordError(
+                    Reason.PROMPT_TOO_LONG,
+                    f"the prompt takes {prompt:,} tokens, and a row has {recipe.row_tokens:,} (data.seq_len), so no answer has "
+                    "room; shorten it, raise data.seq_len, or remove the record",
+                )
+            if recipe.stage == "reward":
+                # Where transformers' own class reads the value: the last token that is no padding.
+                # Source: transformers 5.23, modeling_layers.py, GenericForSequenceClassification.
+                last = int(np.flatnonzero(ids != recipe.pad)[-1]) if recipe.pad is not None else len(ids) - 1
+                found = [(last, last + 1)]
+            both.append((ids, found))
+        if np.array_equal(both[0][0], both[1][0]):
+            what = "`chosen` and `rejected` become the same tokens, so there is nothing to prefer; remove the record"
+            raise BadRecordError(Reason.EQUAL_ANSWERS, what)
+        return both
 
     def _in_order(
         self,

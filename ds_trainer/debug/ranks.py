@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.debug.culprit import Looks, Place, watched
 from ds_trainer.engine.wrapper import Engine, StepOutcome
-from ds_trainer.protocols import ModelBatch
+from ds_trainer.protocols import LossSums, ModelBatch
 from ds_trainer.state import TrainState, seed_step
 
 
@@ -77,13 +77,17 @@ class AsRanks:
         self._index = 0
         self._random: dict[int, Any] = {}
 
-    def micro_step(self, batch: ModelBatch, num_targets: Tensor) -> Tensor:
+    def units(self, batch: ModelBatch) -> tuple[int, ...]:
+        """As the engine does."""
+        return self.engine.units(batch)
+
+    def micro_step(self, batch: ModelBatch, units: Tensor) -> Tensor:
         """As the next micro-batch of the step."""
-        loss = self.run(self._index, batch, num_targets)
+        loss = self.run(self._index, batch, units)
         self._index += 1
         return loss
 
-    def run(self, index: int, batch: ModelBatch, num_targets: Tensor) -> Tensor:
+    def run(self, index: int, batch: ModelBatch, units: Tensor) -> Tensor:
         """As a micro-batch of the step, from 0 among all of it; those of one rank in their order.
 
         Raises:
@@ -99,7 +103,7 @@ class AsRanks:
             watched(self.engine.model, place, self._looks) if self.state.step + 1 >= self._looks.from_step else nullcontext()
         )
         with self._numbers_of(rank, first=micro_batch == 0), watch:
-            loss = self.engine.micro_step(batch, num_targets)
+            loss = self.engine.micro_step(batch, units)
         if not torch.isfinite(loss):
             self._report(f"{place.words}: the loss is not finite.{place.in_words()}")
         return loss
@@ -123,7 +127,7 @@ class AsRanks:
         self._index = 0
         return self.engine.end_step()
 
-    def evaluate(self, batch: ModelBatch) -> Tensor:
+    def evaluate(self, batch: ModelBatch) -> LossSums:
         """As the engine does."""
         return self.engine.evaluate(batch)
 

@@ -133,6 +133,7 @@ def debug(
             data_waits=lambda: windows.waited_seconds,
             own_seconds=engine.own_seconds,
             speed=speed_of(prepared, engine, say),
+            take_metrics=engine.take_metrics,
         )
         with progress.bar(state.step, end):
             loop.train(
@@ -271,18 +272,20 @@ def rows_of_step(
 def run_share(ranks: AsRanks, window: list[ModelBatch], rank: int, folder: RunFolder, say: Any) -> None:
     """Run the micro-batches of one rank, and show what each of them is and gives.
 
-    The losses are the rank's shares of the loss of the step: the number of targets is that of all ranks.
+    The losses are the rank's shares of the loss of the step: what they are means over is counted over all ranks.
     """
     ranks.train_mode(True)
     step = ranks.state.step + 1
     num_targets = max(1, sum(batch.num_targets for batch in window))
+    units = [max(1, sum(each)) for each in zip(*map(ranks.units, window), strict=True)]
     for index, batch in enumerate(window):
         whose, micro_batch = place_of(index, ranks.batch, ranks.streamed)
         if whose != rank:
             continue
-        share = float(ranks.run(index, batch.to(ranks.device), torch.tensor(num_targets, device=ranks.device)))
+        share = float(ranks.run(index, batch.to(ranks.device), torch.tensor(units, device=ranks.device)))
         samples = [sample for row in ranks.samples_of(ranks.state.rows_consumed, index) for sample in row]
-        loss = share * num_targets / max(1, batch.num_targets)
+        # A loss of several terms is a mean over several things, and has no mean of a micro-batch's own.
+        loss = share * units[0] / max(1, ranks.units(batch)[0]) if len(units) == 1 else share
         fields = {"step": step, "rank": rank, "micro_batch": micro_batch + 1, "loss": loss, "share": share}
         folder.metric(
             {

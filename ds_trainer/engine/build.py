@@ -18,8 +18,9 @@ from ds_trainer.arguments.engine_config import OptimizerKind
 from ds_trainer.arguments.schema import TrainSection
 from ds_trainer.engine.offload import build_op
 from ds_trainer.engine.optim import build_optimizer, build_schedule, parameter_groups
-from ds_trainer.engine.wrapper import Engine, Objective
+from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import ModelError
+from ds_trainer.protocols import Objective
 
 
 def prepare_deepspeed(device: torch.device, local_world_size: int) -> None:
@@ -136,6 +137,32 @@ def _check_first_gradients(layer: nn.Module, trained: list[nn.Parameter]) -> Non
     handle = layer.register_full_backward_hook(check)
 
 
+def freeze(model: nn.Module, config: dict[str, Any], device: torch.device) -> Any:
+    """A model that is only computed with, in evaluation mode: sharded as the trained one is under ZeRO-3. Collective there.
+
+    Args:
+        model: constructed in the same way as the trained one.
+        config: the DeepSpeed config of the trained one.
+        device: where it computes.
+
+    Returns:
+        What is called in its place; under ZeRO-3 by every rank together.
+    """
+    import deepspeed
+
+    model.requires_grad_(False).eval()
+    zero = config["zero_optimization"]
+    if zero["stage"] != 3:
+        return model.to(device)
+    kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "bf16", "fp16")
+    # Without an optimizer nothing of it is offloaded.
+    sharded = {name: value for name, value in zero.items() if name != "offload_optimizer"}
+    config = {name: config[name] for name in kept if name in config} | {"zero_optimization": sharded}
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    engine.eval()
+    return engine
+
+
 def build_engine(
     model: nn.Module,
     *,
@@ -152,7 +179,7 @@ def build_engine(
 
     Args:
         model: with its objective attached and its adapters in place.
-        objective: engine and batch -> sum of the loss over the batch's targets.
+        objective: what is minimised.
         config: as `build_engine_config` made it, without any "auto".
         optimizer_kind: which implementation moves the weights.
         own_schedule: the learning rate follows `train.schedule`, not a `scheduler` block.
@@ -171,7 +198,7 @@ def build_engine(
         if (zero.get(what) or {}).get("device") == "nvme":
             build_op("async_io", report)
             break
-    optimizer = build_optimizer(optimizer_kind, model, train, lora_plus, report)
+    optimizer = build_optimizer(optimizer_kind, model, train, report, lora_plus)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=None if optimizer is not None else parameter_groups(model, train, lora_plus),

@@ -81,7 +81,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def build_optimizer(
-    kind: OptimizerKind, model: nn.Module, train: TrainSection, lora_plus: float, report: Callable[[str], None]
+    kind: OptimizerKind, model: nn.Module, train: TrainSection, report: Callable[[str], None], lora_plus: float = 1.0
 ) -> torch.optim.Optimizer | None:
     """Build AdamW over the trainable parameters; None when DeepSpeed builds the optimizer itself.
 

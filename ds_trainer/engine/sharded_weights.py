@@ -18,13 +18,14 @@ from torch import nn
 from ds_trainer import whereabouts
 
 
-def reason_against(model: nn.Module, files: list[Path], config: dict[str, Any]) -> str | None:
+def reason_against(model: nn.Module, files: list[Path], config: dict[str, Any], new: str | None = None) -> str | None:
     """Why the sliced loader cannot be used for these files, or None when it can.
 
     Args:
         model: constructed under ZeRO-3, so sharded.
         files: the safetensors files of a model folder.
         config: the DeepSpeed config.
+        new: a parameter that the files may lack.
     """
     from safetensors import safe_open
 
@@ -41,6 +42,8 @@ def reason_against(model: nn.Module, files: list[Path], config: dict[str, Any]) 
             shapes |= {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118
     wanted = {name: list(parameter.ds_shape) for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
     for name, shape in wanted.items():
+        if name not in shapes and name == new:
+            continue
         if name not in shapes:
             return f"{name} is not in the files by that name"
         if shapes[name] != shape:
@@ -48,23 +51,28 @@ def reason_against(model: nn.Module, files: list[Path], config: dict[str, Any]) 
     return None
 
 
-def load_sharded(model: nn.Module, files: list[Path], rank: int) -> None:
+def load_sharded(model: nn.Module, files: list[Path], rank: int) -> set[str]:
     """Copy this rank's slice of every parameter from the files, and every saved buffer whole. No collective.
 
     Args:
         model: constructed under ZeRO-3; `reason_against` returned None for it.
         files: the safetensors files of a model folder.
         rank: position in the data-parallel group.
+
+    Returns:
+        The parameters that the files lack.
     """
     from safetensors import safe_open
 
     parameters: dict[str, Any] = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
+    missing = set(parameters)
     with ExitStack() as stack, torch.no_grad():
         for file in files:
             reader = stack.enter_context(safe_open(file, framework="pt"))
             for name in reader.keys():  # noqa: SIM118 - not a dict
                 whereabouts.at("loading weights")
+                missing.discard(name)
                 if name in parameters:
                     shard = parameters[name].ds_tensor
                     start = rank * shard.ds_numel
@@ -72,6 +80,7 @@ def load_sharded(model: nn.Module, files: list[Path], rank: int) -> None:
                     shard.data.view(-1)[: values.numel()].copy_(values)
                 elif name in buffers:
                     buffers[name].copy_(reader.get_tensor(name))
+    return missing
 
 
 def _flat_slice(tensor: Any, start: int, stop: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ What is DeepSpeed's way of doing things ends here: its scaling by accumulation s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,7 @@ from torch import Tensor, nn
 
 from ds_trainer.engine import state
 from ds_trainer.engine.pace import Pace
-from ds_trainer.protocols import ModelBatch
-
-Objective = Callable[[Callable[..., Tensor], ModelBatch], Tensor]
-"""(engine, batch) -> sum of the loss over the batch's targets, a scalar with a gradient."""
+from ds_trainer.protocols import LossSums, MetricSums, ModelBatch, Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +44,7 @@ class Engine:
         self._trains = False
         self._pace = Pace(deepspeed_engine.module, deepspeed_engine.device)
         self._copies: dict[tuple[int, str], Tensor] = {}
+        self._metrics: dict[str, tuple[Tensor, int]] = {}
         self.data_parallel_size: int = deepspeed_engine.dp_world_size
         self.device: torch.device = deepspeed_engine.device
 
@@ -76,30 +73,42 @@ class Engine:
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()
 
-    def micro_step(self, batch: ModelBatch, num_targets: Tensor) -> Tensor:
+    def units(self, batch: ModelBatch) -> tuple[int, ...]:
+        """What the terms of the loss are means over, in this batch. Not collective."""
+        return self._objective.units(batch)
+
+    def micro_step(self, batch: ModelBatch, units: Tensor) -> Tensor:
         """One forward and backward.
 
-        DeepSpeed averages gradients over ranks, so the sum is scaled by their number; its division by the accumulation
-        steps is switched off. The gradient is then exactly that of (sum over all targets of the step) / num_targets.
+        DeepSpeed averages gradients over ranks, so the sums are scaled by their number; its division by the accumulation
+        steps is switched off. The gradient is then exactly that of (sum over all of the step) / units, term by term.
 
         Args:
             batch: a micro-batch on the engine's device.
-            num_targets: targets of the whole step, over all ranks and micro-batches; a scalar on the device.
+            units: those of the whole step, over all ranks and micro-batches, at least 1: (num_terms,) on the device.
 
         Returns:
             This micro-batch's share of the loss of the step: a scalar on the device. Nothing waits for the device.
         """
         with self._pace.measured() if self._begins else nullcontext():
-            nll_sum = self._objective(self._engine, batch)
+            sums = self._objective.sums(self._engine, batch)
         self._begins, self._trains = False, True
         # 0 for a finite loss, NaN for any other: then all gradients are NaN, and DeepSpeed's own check before the update covers
         # the loss too, on all ranks and without another wait for the device.
-        spoiled = 0.0 * nll_sum.detach()
-        self._engine.backward(nll_sum * (self.data_parallel_size / num_targets + spoiled), scale_wrt_gas=False)
+        spoiled = 0.0 * sums.terms.detach().sum()
+        self._engine.backward((sums.terms * (self.data_parallel_size / units + spoiled)).sum(), scale_wrt_gas=False)
         self._boundary = self._engine.is_gradient_accumulation_boundary()
         if not self._boundary:
             self._engine.step()  # counts the micro-step; the update waits for `end_step`
-        return nll_sum.detach() / num_targets
+        for name, (value, count) in sums.metrics.items():
+            before, count_before = self._metrics.get(name, (0.0, 0))
+            self._metrics[name] = before + value, count_before + count
+        return (sums.terms.detach() / units).sum()
+
+    def take_metrics(self) -> MetricSums:
+        """What the objective has measured on this rank in the micro-steps since the last call. Not collective."""
+        taken, self._metrics = self._metrics, {}
+        return taken
 
     def end_step(self) -> StepOutcome:
         """Update the weights after the last micro-step of a window, unless a loss or a gradient is not finite on any rank.
@@ -125,12 +134,12 @@ class Engine:
             seeks_loss_scale=seeks,
         )
 
-    def evaluate(self, batch: ModelBatch) -> Tensor:
-        """Sum of the loss over a batch's targets, without gradients; call it after `train_mode(False)`."""
+    def evaluate(self, batch: ModelBatch) -> LossSums:
+        """The sums of a batch, without gradients; call it after `train_mode(False)`."""
         with torch.no_grad():
-            nll_sum = self._objective(self._engine, batch)
+            sums = self._objective.sums(self._engine, batch)
         self._forget_passes()
-        return nll_sum
+        return sums
 
     def train_mode(self, on: bool) -> None:
         """Switch dropout and the like on for training, off for evaluation."""

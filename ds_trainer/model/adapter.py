@@ -13,13 +13,16 @@ from torch import nn
 
 from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection
 from ds_trainer.errors import ModelError
+from ds_trainer.model import load
 from ds_trainer.model.stack import decoder_layers
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 """Makes sharded parameters whole inside; at the end rank zero's values hold."""
 
 
-def add_adapter(model: Any, adapter: AdapterSection, seed: int, gather: Gather | None = None) -> Any:
+def add_adapter(
+    model: Any, adapter: AdapterSection, seed: int, gather: Gather | None = None, *, value_head: bool = False
+) -> Any:
     """Decide which weights are trained. Collective where weights are sharded.
 
     Args:
@@ -27,6 +30,7 @@ def add_adapter(model: Any, adapter: AdapterSection, seed: int, gather: Gather |
         adapter: what is asked for.
         seed: new matrices are drawn from it, alike on every rank.
         gather: for sharded weights.
+        value_head: the model has one, which is trained whole and kept with the adapter.
 
     Returns:
         The peft model, or the model itself where it gets no new weights.
@@ -35,13 +39,13 @@ def add_adapter(model: Any, adapter: AdapterSection, seed: int, gather: Gather |
         ModelError: a name matches nothing, or the adapter does not fit the model.
     """
     if adapter.freeze is not None:
-        freeze(model, adapter.freeze)
+        freeze(model, adapter.freeze, always=f"{load.VALUE_HEAD.partition('.')[0]}.*" if value_head else None)
         return model
     assert adapter.lora is not None  # a constraint of the settings
-    return add_lora(model, adapter.lora, seed, gather)
+    return add_lora(model, adapter.lora, seed, gather, value_head=value_head)
 
 
-def add_lora(model: Any, lora: LoraSection, seed: int, gather: Gather | None = None) -> Any:
+def add_lora(model: Any, lora: LoraSection, seed: int, gather: Gather | None = None, *, value_head: bool = False) -> Any:
     """Freeze the model and put LoRA matrices beside its linear layers; see `add_adapter`."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -50,7 +54,7 @@ def add_lora(model: Any, lora: LoraSection, seed: int, gather: Gather | None = N
         config.lora_dropout = lora.dropout
     else:
         config = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=TaskType.SEQ_CLS if value_head else TaskType.CAUSAL_LM,
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
@@ -64,10 +68,10 @@ def add_lora(model: Any, lora: LoraSection, seed: int, gather: Gather | None = N
     # peft makes a set of a list; a text is all-linear or a regular expression of an existing adapter.
     if not isinstance(config.target_modules, str):
         require_matches(where, sorted(config.target_modules), linear, "linear layer", "; or write all-linear")
-    if config.modules_to_save:
+    if lora.modules_to_save:
         modules = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
-        require_matches("adapter.lora.modules_to_save", config.modules_to_save, modules, "module with weights of its own", "")
-        require_untied(model, config.modules_to_save)
+        require_matches("adapter.lora.modules_to_save", lora.modules_to_save, modules, "module with weights of its own", "")
+        require_untied(model, lora.modules_to_save)
     torch.manual_seed(seed)
     try:
         # The engine holds one type for all weights and fp32 masters beside them.
@@ -140,15 +144,20 @@ def name_in_file(name: str) -> str:
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
-def freeze(model: Any, wanted: FreezeSection) -> None:
+def freeze(model: Any, wanted: FreezeSection, always: str | None = None) -> None:
     """Let only the chosen weights of a model be trained.
+
+    Args:
+        model: a transformers model.
+        wanted: `adapter.freeze`.
+        always: a pattern of weights that are trained whatever it says.
 
     Raises:
         ModelError: a pattern matches no weight, or the model has fewer layers.
     """
     names = [name for name, _ in model.named_parameters()]
     chosen: set[str] = set()
-    for pattern in wanted.train:
+    for pattern in [*wanted.train, *([always] if always else [])]:
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             raise ModelError(

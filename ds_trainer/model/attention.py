@@ -141,6 +141,8 @@ def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> Mod
             }
     target_positions = (labels.flatten() != IGNORED).nonzero().flatten()
     targets = labels.flatten()[target_positions]
+    document = (positions.flatten() == 0).cumsum(0)[target_positions]
+    sequence_lengths = document.unique_consecutive(return_counts=True)[1]
     return ModelBatch(
         inputs={
             "input_ids": pinned(input_ids),
@@ -151,7 +153,8 @@ def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> Mod
         target_positions=pinned(target_positions),
         targets=pinned(targets),
         num_tokens=batch.num_tokens,
-        num_pairs=int((batch.position_ids + 1)[batch.is_token].sum()),
+        attention_pairs=int((batch.position_ids + 1)[batch.is_token].sum()),
+        sequence_lengths=pinned(sequence_lengths),
     )
 
 

@@ -18,6 +18,8 @@ from ds_trainer.errors import ModelError
 from ds_trainer.model.stack import recompute_activations
 from ds_trainer.model.tokenizer import first_line, require_folder
 
+VALUE_HEAD = "score.weight"
+"""What a model with a value head has beside the body of a language model."""
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 """Makes the given parameters whole on every rank inside the context, and takes rank zero's values at its end."""
 
@@ -91,16 +93,25 @@ def check_fit(config: Any, *, seq_len: int, tokens: int, max_token_id: int, resi
         )
 
 
-def build_model(config: Any, *, precision: str, attention: str, trust_remote_code: bool = False) -> nn.Module:
+def auto_class(*, value_head: bool) -> Any:
+    """Transformers' name for the kind of model: a language model, or one with a head that gives one value."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if value_head else AutoModelForCausalLM
+
+
+def build_model(
+    config: Any, *, precision: str, attention: str, trust_remote_code: bool = False, value_head: bool = False
+) -> nn.Module:
     """Construct the model with the weights transformers gives it; inside a sharding context they are sharded at once.
 
     Raises:
-        ModelError: transformers has no causal language model for this config.
+        ModelError: transformers has no model of this kind for this config.
     """
-    from transformers import AutoModelForCausalLM
-
+    if value_head:
+        config.num_labels = 1
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model: nn.Module = auto_class(value_head=value_head).from_config(
             config,
             dtype=getattr(torch, DTYPES[precision]),
             attn_implementation=attention,
@@ -108,10 +119,25 @@ def build_model(config: Any, *, precision: str, attention: str, trust_remote_cod
         )
         return model
     except (ValueError, ImportError) as error:
-        raise ModelError(f"a {config.model_type} model cannot be built with attention `{attention}`: {error}") from None
+        kind = " with a value head" if value_head else ""
+        raise ModelError(f"a {config.model_type} model{kind} cannot be built with attention `{attention}`: {error}") from None
 
 
-def initialize_weights(model: nn.Module, seed: int, gather: Gather | None = None) -> None:
+def mark_padding(model: Any, pad_token_id: int | None) -> None:
+    """Tell a model with a value head what padding is: it reads the value at the last token before that.
+
+    After the model is built, for an embedding does not learn the token that it was built to take for padding.
+    """
+    for each in (model.config, model.config.get_text_config()):
+        each.pad_token_id = pad_token_id
+
+
+def initialize_value_head(model: nn.Module, seed: int, gather: Gather | None = None) -> None:
+    """Give the value head on a pretrained body its first weights. Collective under ZeRO-3: every rank."""
+    initialize_weights(model, seed, gather, only=VALUE_HEAD.partition(".")[0])
+
+
+def initialize_weights(model: nn.Module, seed: int, gather: Gather | None = None, only: str = "") -> None:
     """Give every module the initial weights that belong to the seed and the module's name.
 
     transformers draws all weights from one stream in an order that differs between ZeRO-3 and the other stages, so that the
@@ -122,13 +148,18 @@ def initialize_weights(model: nn.Module, seed: int, gather: Gather | None = None
         model: a transformers model.
         seed: `train.seed`.
         gather: makes sharded parameters whole; None when they are whole.
+        only: the name of a child; the others keep their weights.
     """
     from transformers import PreTrainedModel
 
     def visit(module: nn.Module, name: str, owner: PreTrainedModel) -> None:
         for child_name, child in module.named_children():
+            if only and not name and child_name != only:
+                continue
             visit(child, f"{name}.{child_name}", child if isinstance(child, PreTrainedModel) else owner)
         # `_init_weights` of some models also touches the parameters of direct children.
+        if only and not name:
+            return
         parameters = [*module.parameters(recurse=False)]
         parameters += [each for child in module.children() for each in child.parameters(recurse=False)]
         if not parameters:
@@ -145,18 +176,27 @@ def initialize_weights(model: nn.Module, seed: int, gather: Gather | None = None
     model.tie_weights()
 
 
-def load_pretrained(model: ModelSection, config: Any, *, precision: str, attention: str) -> nn.Module:
+def load_pretrained(
+    model: ModelSection, config: Any, *, precision: str, attention: str, new_head: Callable[[nn.Module], None] | None = None
+) -> nn.Module:
     """Load pretrained weights through transformers.
 
     Under ZeRO-3 rank zero then reads the whole file: `engine.sharded_weights` does better where it can.
 
+    Args:
+        model: where they are.
+        config: the model's transformers config.
+        precision: `fp32`, `bf16` or `fp16`.
+        attention: the attention implementation.
+        new_head: gives a value head its first weights, where the file has none; None loads a language model.
+
     Raises:
         ModelError: no weights there, or weights are missing in the file and would be random.
     """
-    from transformers import AutoModelForCausalLM
-
+    if new_head is not None:
+        config.num_labels = 1
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto_class(value_head=new_head is not None).from_pretrained(
             model.path,
             config=config,
             dtype=getattr(torch, DTYPES[precision]),
@@ -167,7 +207,11 @@ def load_pretrained(model: ModelSection, config: Any, *, precision: str, attenti
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"model.path = {model.path}: the model cannot be loaded ({first_line(error)}).") from None
-    refuse_missing(model.path, info["missing_keys"])
+    missing = set(info["missing_keys"])
+    if new_head is not None and missing == {VALUE_HEAD}:
+        missing.clear()
+        new_head(loaded)
+    refuse_missing(model.path, missing)
     return loaded  # type: ignore[no-any-return]
 
 

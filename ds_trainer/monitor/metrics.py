@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,8 @@ def model_flops(weights: Iterable[tuple[str, int, bool]], config: Any) -> ModelF
     text = config.get_text_config()
     experts = next((n for name in _NUM_EXPERTS if (n := getattr(text, name, None))), None)
     share = getattr(text, "num_experts_per_tok", experts) / experts if experts else 1.0
-    weights = list(weights)
-    tied = not any("lm_head" in name for name, _, _ in weights)
+    weights = [each for each in weights if ".original_module." not in each[0]]  # beside a copy that an adapter trains
+    tied = not any("lm_head" in name or "score" in name for name, _, _ in weights)
     per_token = sum(
         (6 if trained else 4) * numel * (share if ".experts." in name else 1.0)
         for name, numel, trained in weights
@@ -137,3 +137,9 @@ def as_ranges(ranks: Iterable[int]) -> str:
             runs.append([rank, rank])
     shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """The two numbers of a preference run that one looks at first; empty for other runs."""
+    names = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    return ", ".join(f"{word} {metrics[name]:.3f}" for name, word in names.items() if name in metrics)

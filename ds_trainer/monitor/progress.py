@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from ds_trainer.monitor.metrics import clock, quantity
+from ds_trainer.monitor.metrics import clock, in_words, quantity
 
 logger = logging.getLogger("ds_trainer")
 
@@ -58,10 +58,11 @@ class Progress:
         waiting = f"  {waits:.0%} waiting for data" if waits >= 0.02 else ""
         padding = f"  {fields['padding_fraction']:.0%} padding" if fields["padding_fraction"] >= 0.02 else ""
         utilized = "" if fields["mfu"] is None else f"  MFU {fields['mfu']:.1%}"
+        own = f"  {words.replace(',', ' ')}" if (words := in_words(fields)) else ""
         held_up = f"  SLOW: {'; '.join(slow)}" if slow else ""
         left = f"{clock(seconds_left)} left"
         self.console.print(
-            f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {fields['loss']:.4f}  "
+            f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {fields['loss']:.4f}{own}  "
             f"lr {fields['learning_rate']:.2e}{norm}  {quantity(fields['tokens_per_second'])} tok/s{utilized}  "
             f"{seconds} s/step  {fields['peak_memory_gib']:.1f} GiB  {left}{skipped}{padding}{waiting}{held_up}",
             markup=False,

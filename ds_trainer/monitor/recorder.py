@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ds_trainer import comm
-from ds_trainer.monitor.metrics import ModelFlops, perplexity, remaining_seconds
+from ds_trainer.monitor.metrics import ModelFlops, in_words, perplexity, remaining_seconds
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.ranks import RankPace, by_rank, find_stragglers
 from ds_trainer.monitor.run_folder import RunFolder, Stopwatch, peak_memory_gib
-from ds_trainer.protocols import ModelBatch
+from ds_trainer.protocols import MetricSums, ModelBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,17 @@ FEWEST_STEPS = 8
 Events = list[tuple[str, float, int]]
 
 
+class Evaluated(Protocol):
+    """What an evaluation gave; `loop.Evaluation` is one."""
+
+    @property
+    def loss(self) -> float: ...  # noqa: D102
+    @property
+    def num_targets(self) -> int: ...  # noqa: D102
+    @property
+    def metrics(self) -> Mapping[str, float]: ...  # noqa: D102
+
+
 class Recorder:
     """Collects the steps since the last log line, and writes that line when it is due. Collective on log steps."""
 
@@ -56,6 +67,7 @@ class Recorder:
         data_waits: Callable[[], float],
         own_seconds: Callable[[], list[float]],
         speed: Speed,
+        take_metrics: Callable[[], MetricSums] = dict,
     ) -> None:
         self.folder = folder
         self.progress = progress
@@ -66,6 +78,7 @@ class Recorder:
         self.data_waits = data_waits
         self.own_seconds = own_seconds
         self.speed = speed
+        self.take_metrics = take_metrics
         self._waited = 0.0
         # Of more steps than one, also where every step is logged: one slow step makes no straggler.
         self._waits: deque[float] = deque(maxlen=max(every_steps, FEWEST_STEPS))
@@ -100,7 +113,7 @@ class Recorder:
         self._targets.append(num_targets)
         self._tokens += sum(batch.num_tokens for batch in window)
         self._positions += sum(batch.num_positions for batch in window)
-        self._pairs += sum(batch.num_pairs for batch in window)
+        self._pairs += sum(batch.attention_pairs for batch in window)
         self.skipped += not outcome.applied
         self._last = step, outcome
         due = step % self.every_steps == 0 or step == self.max_steps or step == 1
@@ -118,8 +131,12 @@ class Recorder:
         shares = torch.stack(self._losses).to(torch.float64)
         fed = torch.tensor([self._tokens, self._positions, self._pairs], dtype=torch.float64, device=self.device)
         targets_here = torch.stack(self._targets).sum().to(torch.float64) / comm.world_size()  # each is of all ranks already
-        sums = comm.sum_over_ranks(torch.cat([shares, fed, targets_here[None]]))
-        *losses, tokens, positions, pairs, targets = sums.tolist()
+        measured = self.take_metrics()
+        own_sums = [torch.stack([value.double(), torch.full_like(value, of).double()]) for value, of in measured.values()]
+        sums = comm.sum_over_ranks(torch.cat([shares, fed, targets_here[None], *own_sums])).tolist()
+        losses, sums = sums[: len(shares)], sums[len(shares) :]
+        tokens, positions, pairs, targets, *found = sums
+        metrics = {name: value / max(1.0, of) for name, value, of in zip(measured, found[::2], found[1::2], strict=True)}
         # After the collective, so that it holds the wait for the device and for slower ranks too.
         seconds = self._watch.lap()
         self._forwards.extend(self.own_seconds())
@@ -141,6 +158,7 @@ class Recorder:
             "step": step,
             "loss": losses[-1],
             "loss_mean": sum(losses) / len(losses),
+            **metrics,
             "learning_rate": outcome.learning_rate,
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "tokens_per_second": tokens / seconds,
@@ -164,7 +182,7 @@ class Recorder:
             self._named = {(each.rank, each.what) for each in stragglers}
             left = remaining_seconds(self.max_steps - step, max(per_step))
             self.progress.line(step, fields, left, slow=[str(each) for each in stragglers])
-            names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
+            names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", *metrics)
             self.write_events([(f"train/{name}", fields[name], step) for name in names if fields[name] is not None])
         self._reset()
 
@@ -174,20 +192,22 @@ class Recorder:
             self.folder.event("skipped", **fields)
             self.progress.say(f"SKIPPED {text}")
 
-    def evaluation(self, *, step: int, loss: float, num_targets: int) -> None:
+    def evaluation(self, *, step: int, result: Evaluated) -> None:
         """Take the result of an evaluation in; the same numbers on every rank."""
         if comm.rank() == 0:
+            loss, num_targets, metrics = result.loss, result.num_targets, result.metrics
             fields = {
                 "step": step,
                 "evaluate_loss": loss,
-                "evaluate_perplexity": perplexity(loss),
+                **({f"evaluate_{name}": value for name, value in metrics.items()} or {"evaluate_perplexity": perplexity(loss)}),
                 "evaluate_targets": num_targets,
             }
             self.folder.metric(fields)
-            self.progress.say(
-                f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f} ({num_targets} targets)"
+            told = in_words(metrics) or f"perplexity {perplexity(loss):.2f}"
+            self.progress.say(f"step {step}: held-out loss {loss:.4f}, {told} ({num_targets} targets)")
+            self.write_events(
+                [("evaluate/loss", loss, step), *((f"evaluate/{name}", value, step) for name, value in metrics.items())]
             )
-            self.write_events([("evaluate/loss", loss, step)])
         self._watch.lap()
 
     def stopped_for_save(self, probe_seconds: float) -> None:

@@ -89,6 +89,77 @@ def chunked_nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets
     return total
 
 
+class _ChunkedLogProbs(torch.autograd.Function):
+    """The log-probability of each target; the backward pass makes each chunk's logits a second time.
+
+    Here every target has an incoming gradient of its own, which is known in the backward pass only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        normalizers = torch.empty(len(targets), 1, dtype=wide, device=hidden.device)
+        result = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            logits = nn.functional.linear(hidden[part], weight, bias).to(wide)
+            normalizers[part] = logits.logsumexp(dim=-1, keepdim=True)
+            result[part] = (logits.gather(-1, targets[part, None]) - normalizers[part])[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
+        ctx.rows = rows
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scales,) = grad_outputs
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        wide = normalizers.dtype
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if want_weight else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if want_bias else None
+        for start in range(0, len(targets), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logits = nn.functional.linear(hidden[part], weight, bias).to(wide)
+            logits.sub_(normalizers[part]).exp_().neg_()
+            logits.scatter_add_(-1, targets[part, None], torch.ones_like(normalizers[part]))
+            logits.mul_(scales[part, None])
+            if grad_bias is not None:
+                grad_bias += logits.sum(dim=0)
+            grad_logits = logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                if hidden.dtype == wide:
+                    grad_weight.addmm_(grad_logits.T, hidden[part])
+                else:
+                    grad_weight += grad_logits.T @ hidden[part]
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def chunked_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int | None = None) -> Tensor:
+    """Log softmax(hidden @ weight.T + bias)[target] of each target.
+
+    The arguments are those of `chunked_nll_sum`.
+
+    Returns:
+        (num_targets,) in fp32 (fp64 for fp64 input), with a gradient.
+    """
+    found: Tensor = _ChunkedLogProbs.apply(hidden, weight, bias, targets, rows or chunk_rows(weight.shape[0]))
+    return found
+
+
+def plain_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same from logits (num_targets, vocabulary_size) that are whole in memory."""
+    return -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
 def plain_nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """The same from logits (num_targets, vocabulary_size) that are whole in memory."""
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,4 +1,4 @@
-"""Next-token prediction: the objective of `pretrain` and `sft`.
+"""Next-token prediction: the objective of `pretrain` and `sft`, and the log-probabilities that others are made of.
 
 The model's forward is replaced, so that one call of the engine (which its ZeRO hooks need) ends in the loss and not in logits:
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_trainer.errors import ModelError
-from ds_trainer.objectives.chunked_head import chunked_nll_sum, plain_nll_sum
-from ds_trainer.protocols import ModelBatch
+from ds_trainer.objectives.chunked_head import chunked_log_probs, chunked_nll_sum, plain_log_probs, plain_nll_sum
+from ds_trainer.protocols import LossSums, ModelBatch, Objective
 
 
 def attach(model: Any, *, chunked: bool) -> str:
-    """Make the model's forward return the loss of given targets.
+    """Make the model's forward return the loss of given targets, or the log-probability of each.
 
     The head computes loss and logits in one call of one module: under ZeRO-3 its weight is gathered once a call, and the
     number of chunks may differ between ranks.
@@ -55,16 +55,17 @@ def attach(model: Any, *, chunked: bool) -> str:
         )
     logits_of = model.forward  # the class's own: it knows what this architecture does to its logits
 
-    def head_forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def head_forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return chunked_nll_sum(hidden, self.weight, self.bias, targets)
+        return (chunked_log_probs if each else chunked_nll_sum)(hidden, self.weight, self.bias, targets)
 
     def forward(
         self: Any,
         *args: Any,
         target_positions: Tensor | None = None,
         targets: Tensor | None = None,
+        log_probs: bool = False,
         states_only: bool = False,
         **inputs: Any,
     ) -> Any:
@@ -74,9 +75,9 @@ def attach(model: Any, *, chunked: bool) -> str:
             return logits_of(*args, **inputs)
         if not chunked:
             logits = logits_of(**inputs).logits
-            return plain_nll_sum(logits.flatten(0, 1)[target_positions], targets)
+            return (plain_log_probs if log_probs else plain_nll_sum)(logits.flatten(0, 1)[target_positions], targets)
         hidden = body(**inputs)[0]
-        return head(hidden.flatten(0, 1)[target_positions], targets)
+        return head(hidden.flatten(0, 1)[target_positions], targets, log_probs)
 
     if chunked:
         head.forward = types.MethodType(head_forward, head)
@@ -92,6 +93,23 @@ def nll_sum(engine: Callable[..., Tensor], batch: ModelBatch) -> Tensor:
         batch: on the engine's device.
     """
     return engine(**batch.inputs, target_positions=batch.target_positions, targets=batch.targets)
+
+
+def log_probs(engine: Callable[..., Tensor], batch: ModelBatch) -> Tensor:
+    """The log-probability of each of a batch's targets: (num_targets,) with a gradient.
+
+    Args:
+        engine: the engine, or any module that `attach` was applied to.
+        batch: on the engine's device.
+    """
+    return engine(**batch.inputs, target_positions=batch.target_positions, targets=batch.targets, log_probs=True)
+
+
+NEXT_TOKEN = Objective(
+    sums=lambda engine, batch: LossSums(nll_sum(engine, batch).reshape(1), {}),
+    units=lambda batch: (batch.num_targets,),
+)
+"""The mean over all targets."""
 
 
 def last_states(engine: Callable[..., Tensor], batch: ModelBatch) -> Tensor:

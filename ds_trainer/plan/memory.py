@@ -87,6 +87,7 @@ def rank_memory(
     attention_mask: float,
     read_whole: Literal["by every rank", "by rank zero", "by nobody"],
     from_files: bool,
+    has_reference: bool = False,
 ) -> RankMemory:
     """Count what a rank holds.
 
@@ -97,17 +98,25 @@ def rank_memory(
         attention_mask: bytes of a mask that the attention needs, if it needs one.
         read_whole: who has the whole model in host memory while it is built.
         from_files: its weights are read, not drawn.
+        has_reference: a frozen copy of the model is computed with beside it, laid out as its weights are.
     """
     device, host, nvme = (_stage3 if holding.stage == 3 else _stages12)(shape, holding, step, attention_mask)
     copies = _saved_copies(shape, holding)
     checkpoint = checkpoint_of(shape.trained, holding.moment_bytes)
     whole = float(shape.total * holding.weight_bytes)
+    frozen = {"frozen copy as the reference": whole / (holding.ranks if holding.stage == 3 else 1)} if has_reference else {}
     if holding.on_cpu:
         phases = _on_cpu(shape, holding, step, device, host, copies)
+        for parts in phases.values():
+            parts |= frozen
         if read_whole != "by nobody":
             phases["loading"] = {"process": float(CPU_PROCESS), "weights as they are built": whole}
             phases["loading"] |= {"pages of their files": whole} if from_files else {}
         return RankMemory(device=phases, host={}, nvme=nvme, checkpoint=checkpoint)
+    if holding.weights_on == "none":
+        device = {phase: {**parts, **frozen} for phase, parts in device.items()}
+    else:  # DeepSpeed keeps the shards of both where `offload_param` says; on nvme, the copy is counted as host memory
+        host = {**host, **frozen}
     for parts in device.values():
         parts["CUDA context and libraries (allowance)"] = CUDA_CONTEXT
     base = {"process (allowance)": float(CUDA_PROCESS)}

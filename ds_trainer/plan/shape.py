@@ -248,7 +248,7 @@ def _run(model: Any, asked: Traced) -> StepPeak:
         target_positions=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         targets=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         num_tokens=ids.numel(),
-        num_pairs=ids.numel(),
+        attention_pairs=ids.numel(),
     )
     hooks: list[Any] = []
     found = decoder_layers(base_of(model)) if asked.whole_layers else None

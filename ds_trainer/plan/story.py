@@ -148,6 +148,7 @@ def make_plan(request: Request) -> Plan:
         step,
         attention_mask=float(mask),
         from_files=settings.model.path is not None,
+        has_reference=has_reference(resolved),
         read_whole="by every rank" if holding.stage < 3 else "by nobody" if sliced else "by rank zero",
     )
     length = length_of(resolved, batch)
@@ -161,8 +162,27 @@ def make_plan(request: Request) -> Plan:
         traffic=step_traffic(shape, holding),
         length=length,
         flops=flops_per_step(shape, positions=length.positions_per_step, seq_len=settings.data.seq_len),
-        notes=(*request.notes, *_notes(resolved, cluster, length, attention)),
+        notes=(
+            *request.notes,
+            *_notes(resolved, cluster, length, attention),
+            *_notes_on_pairs(resolved),
+        ),
     )
+
+
+def _notes_on_pairs(resolved: Resolved) -> list[str]:
+    """What to know of the table of a run on pairs of answers."""
+    settings = resolved.settings
+    if settings.train.stage == "reward":
+        return ["train.stage = reward: counted as a language model, whose head a reward model does not have, so it takes less"]
+    if has_reference(resolved):
+        return ["train.stage = dpo keeps a frozen copy of the model as its reference; with adapter.lora it takes nothing"]
+    return []
+
+
+def has_reference(resolved: Resolved) -> bool:
+    """Whether the run holds a second model, which it only computes with."""
+    return resolved.settings.train.stage == "dpo" and resolved.settings.lora is None
 
 
 def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str) -> list[str]:

@@ -82,6 +82,7 @@ def real_growth(section: ModelSection, checkpointing: bool) -> list[float]:
         target_positions=torch.arange(POSITIONS),
         targets=ids[0],
         num_tokens=POSITIONS,
+        attention_pairs=POSITIONS,
     )
     gc.collect()
     libc.malloc_trim(0)

@@ -11,6 +11,7 @@ import torch
 from helpers import metrics, run_command, torchrun
 
 from ds_trainer.checkpoint.slices import SliceReader
+from ds_trainer.export import export
 
 SETTINGS = {
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
@@ -47,14 +48,18 @@ def states(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_resume_equals_the_uninterrupted_run(run_file, corpus, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "trains"), [("zero2", "pretrain"), ("zero3", "pretrain"), ("zero2", "dpo"), ("zero3", "reward")]
+)
+def test_resume_equals_the_uninterrupted_run(run_file, corpus, tmp_path, stage, trains):
+    pairs = {"data": {"sources": [{"path": str(corpus / "pairs.jsonl")}], "seq_len": 64}} if trains != "pretrain" else {}
     config = run_file(
         "whole",
-        train={"max_steps": 6, "schedule": "cosine", "warmup_steps": 2},
+        train={"stage": trains, "max_steps": 6, "schedule": "cosine", "warmup_steps": 2},
         checkpoint={"every_steps": 3, "keep_last": 5},
         model={"config": GPT2_WITH_DROPOUT, "tokenizer": str(corpus / "tokenizer")},
         **SETTINGS[stage],
+        **pairs,
     )
     command = torchrun(2, "-m", "ds_trainer", "train", "--config", str(config))
     whole = run_command(command, cwd=tmp_path)
@@ -79,3 +84,17 @@ def test_resume_equals_the_uninterrupted_run(run_file, corpus, tmp_path, stage):
     manifests = [json.loads((each / "checkpoints/step_00000006/manifest.json").read_text()) for each in (again, first)]
     assert manifests[0]["state"] == manifests[1]["state"]
     assert manifests[0]["probe"] == manifests[1]["probe"]
+    if trains != "pretrain":
+        for line in metrics(first):  # one pair a row here: four a step
+            assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
+            assert line["rewards/accuracies"] in (0, 0.25, 0.5, 0.75, 1)
+        assert [line["rewards/margins"] for line in metrics(again)][-3:] == [
+            line["rewards/margins"] for line in metrics(first)
+        ][-3:]
+        told: list[str] = []
+        export(first, tmp_path / "model", checkpoint=None, merge=False, precision=None, report=told.append)
+        assert "what it makes of the answers on 4 rows agrees with the training engine's" in told[-1]
+        compared = [line.split(" on ")[0] for line in told[1:3]]
+        assert compared == [f"{'rewards' if trains == 'reward' else 'logps'}/{which}" for which in ("chosen", "rejected")]
+        written = json.loads((tmp_path / "model" / "config.json").read_text())
+        assert written["architectures"] == ["GPT2ForSequenceClassification" if trains == "reward" else "GPT2LMHeadModel"]

@@ -10,7 +10,7 @@ import torch
 
 from ds_trainer import loop
 from ds_trainer.errors import NonFiniteError
-from ds_trainer.protocols import ModelBatch
+from ds_trainer.protocols import LossSums, ModelBatch
 from ds_trainer.state import TrainState, step_seed
 
 
@@ -20,7 +20,7 @@ def batch(targets: int, tokens: int = 10) -> ModelBatch:
         target_positions=torch.arange(targets),
         targets=torch.zeros(targets, dtype=torch.int64),
         num_tokens=tokens,
-        num_pairs=tokens,
+        attention_pairs=tokens,
     )
 
 
@@ -35,16 +35,19 @@ class CountingEngine:
     random: list[float] = field(default_factory=list)
     modes: list[bool] = field(default_factory=list)
 
-    def micro_step(self, batch: ModelBatch, num_targets: torch.Tensor) -> torch.Tensor:
+    def units(self, batch: ModelBatch) -> tuple[int, ...]:
+        return (batch.num_targets,)
+
+    def micro_step(self, batch: ModelBatch, units: torch.Tensor) -> torch.Tensor:
         self.random.append(torch.rand(()).item())
-        return batch.num_targets / num_targets * (float("nan") if len(self.random) in self.spoiled else 1)
+        return batch.num_targets / units[0] * (float("nan") if len(self.random) in self.spoiled else 1)
 
     def end_step(self):
         applied = self.applied.pop(0) if isinstance(self.applied, list) else self.applied
         return SimpleNamespace(applied=applied, seeks_loss_scale=self.seeks_loss_scale, loss_scale=2.0)
 
-    def evaluate(self, batch: ModelBatch) -> torch.Tensor:
-        return torch.tensor(2.0 * batch.num_targets)
+    def evaluate(self, batch: ModelBatch) -> LossSums:
+        return LossSums(torch.tensor([2.0 * batch.num_targets]), {"size": (torch.tensor(float(batch.num_targets)), 1)})
 
     def train_mode(self, on: bool) -> None:
         self.modes.append(on)
@@ -172,5 +175,5 @@ def test_the_search_for_a_loss_scale_raises_no_alarm_but_a_loss_that_is_not_fini
 
 def test_evaluation_is_a_mean_over_targets_and_restores_training():
     engine = CountingEngine()
-    assert loop.evaluate(engine, [batch(3), batch(5)]) == (2.0, 8)
+    assert loop.evaluate(engine, [batch(3), batch(5)]) == loop.Evaluation(2.0, 8, {"size": 4.0})
     assert engine.modes == [False, True]

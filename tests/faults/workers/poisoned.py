@@ -20,7 +20,7 @@ from ds_trainer.arguments.schema import TrainSection
 from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, sharded_construction
 from ds_trainer.model import attention, load
 from ds_trainer.objectives import language_model
-from ds_trainer.protocols import MicroBatch
+from ds_trainer.protocols import LossSums, MicroBatch, Objective
 
 POISONED_STEP = 1
 CONFIG = {
@@ -90,15 +90,15 @@ def run(stage: int, precision: str, offload: bool, rank: int, place: str) -> dic
     language_model.attach(model, chunked=True)
     poisoned = False
 
-    def objective(call: Any, batch: Any) -> torch.Tensor:
+    def sums(call: Any, batch: Any) -> LossSums:
         loss = language_model.nll_sum(call, batch)
         if poisoned and comm.rank() == rank:
-            return {"loss": loss * float("nan"), "value": loss + float("nan"), "gradient": Spoiled.apply(loss)}[place]
-        return loss
+            loss = {"loss": loss * float("nan"), "value": loss + float("nan"), "gradient": Spoiled.apply(loss)}[place]
+        return LossSums(loss.reshape(1), {})
 
     engine = build_engine(
         model,
-        objective=objective,
+        objective=Objective(sums=sums, units=language_model.NEXT_TOKEN.units),
         config=config,
         optimizer_kind="torch_adamw",
         own_schedule=True,

@@ -112,7 +112,7 @@ def build(layout: dict[str, Any]):
     language_model.attach(base_of(model), chunked=True)
     engine = build_engine(
         model,
-        objective=language_model.nll_sum,
+        objective=language_model.NEXT_TOKEN,
         config=config,
         optimizer_kind=layout.get("kind", "torch_adamw"),
         own_schedule=True,

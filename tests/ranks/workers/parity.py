@@ -79,7 +79,7 @@ def run(stage: int, accumulation: int) -> dict[str, torch.Tensor]:
     language_model.attach(model, chunked=True)
     engine = build_engine(
         model,
-        objective=language_model.nll_sum,
+        objective=language_model.NEXT_TOKEN,
         config=config,
         optimizer_kind="torch_adamw",
         own_schedule=True,

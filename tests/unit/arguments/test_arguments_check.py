@@ -60,7 +60,7 @@ def test_every_setting_has_its_value_and_its_origin(resolved):
     }
     assert {path: found[path] for path in expected} == expected
     for section, field in RunSettings.model_fields.items():
-        names = [] if section in ("adapter", "evaluate", "deepspeed") else field.annotation.model_fields
+        names = [] if section in ("adapter", "objective", "evaluate", "deepspeed") else field.annotation.model_fields
         assert all(any(f"{path}.".startswith(f"{section}.{name}.") for path in found) for name in names), section
 
 

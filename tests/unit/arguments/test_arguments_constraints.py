@@ -29,6 +29,57 @@ def zero(stage, settings=None, **keys):
 
 # name of the row -> (what breaks it, the words of the line that is shown, what does not)
 EXAMPLES = {
+    "loss_is_of_the_objective": (
+        run(objective__loss="hinge", train__stage="orpo"),
+        '"loss":',
+        run(objective__loss="hinge", train__stage="dpo"),
+    ),
+    "beta_is_of_the_objective": (run(objective__beta=0.2), '"beta":', run(objective__beta=0.2, train__stage="simpo")),
+    "label_smoothing_is_of_the_objective": (
+        run(objective__label_smoothing=0.2, train__stage="simpo"),
+        '"label_smoothing":',
+        run(objective__label_smoothing=0.2, train__stage="dpo"),
+    ),
+    "gamma_is_of_the_objective": (
+        run(objective__gamma=0.2, train__stage="dpo"),
+        '"gamma":',
+        run(objective__gamma=0.2, train__stage="simpo"),
+    ),
+    "odds_weight_is_of_the_objective": (
+        run(objective__odds_weight=0.2, train__stage="reward"),
+        '"odds_weight":',
+        run(objective__odds_weight=0.2, train__stage="orpo"),
+    ),
+    "label_smoothing_has_two_sides": (
+        run(objective__label_smoothing=0.2, objective__loss="ipo", train__stage="dpo"),
+        '"label_smoothing":',
+        run(objective__label_smoothing=0.0, objective__loss="ipo", train__stage="dpo"),
+    ),
+    "robust_needs_label_smoothing": (
+        run(objective__loss="robust", train__stage="dpo"),
+        '"loss":',
+        run(objective__loss="robust", objective__label_smoothing=0.2, train__stage="dpo"),
+    ),
+    "pairs_are_whole": (
+        run(data__overlong="truncate", train__stage="dpo"),
+        '"overlong":',
+        run(data__overlong="drop", train__stage="dpo"),
+    ),
+    "pairs_have_fixed_targets": (
+        run(data__train_on="assistant", train__stage="reward"),
+        '"train_on":',
+        run(data__train_on="assistant"),
+    ),
+    "pairs_are_not_streamed": (
+        run(data__streaming=True, train__stage="dpo", train__max_steps=5, evaluate__sources=[{"path": "a"}]),
+        '"streaming":',
+        run(data__streaming=True, train__max_steps=5, evaluate__sources=[{"path": "a"}]),
+    ),
+    "a_value_has_no_logits": (
+        run(model__chunked_loss=True, train__stage="reward"),
+        '"chunked_loss":',
+        run(model__chunked_loss=True, train__stage="dpo"),
+    ),
     "weights_for_all_sources_or_none": (
         run(data__sources=[{"path": "a", "weight": 1.0}, {"path": "b"}], train__max_steps=5),
         '"sources":',
@@ -105,6 +156,11 @@ EXAMPLES = {
         run(adapter__lora={"path": "out/a", "rank": 4}),
         '"path": "out/a"',
         run(adapter__lora={"path": "out/a", "dropout": 0.1}),
+    ),
+    "dpo_compares_with_the_base": (
+        run(adapter__lora={"path": "out/a"}, train__stage="dpo"),
+        '"path": "out/a"',
+        run(adapter__lora={"path": "out/a"}, train__stage="simpo"),
     ),
     "rates_by_group_need_our_schedule": (
         ds({"train__layer_learning_rate_decay": 0.9}, scheduler={"type": "WarmupLR"}),

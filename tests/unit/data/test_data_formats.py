@@ -224,7 +224,8 @@ def test_a_record_that_does_not_fit_is_refused_with_the_reason(format, record, r
 
 
 def test_every_reason_a_format_can_give_is_tested():
-    of_templates = {
+    of_templates = {  # and of the tokens
+        Reason.PROMPT_TOO_LONG,
         Reason.TEMPLATE_REFUSES,
         Reason.TEMPLATE_DROPS,
         Reason.TEMPLATE_WITHOUT_TOOLS,

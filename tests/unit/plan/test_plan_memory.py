@@ -112,6 +112,17 @@ def test_zero2_on_four_gpus_by_hand():
     assert found.host["training"]["copy of the state for saves"] == 3 * 8192
 
 
+@pytest.mark.parametrize(("stage", "expected"), [(2, 24000), (3, 6000)])
+def test_a_reference_takes_what_the_weights_take_in_every_phase(stage, expected):
+    arguments = {"attention_mask": 0.0, "read_whole": "by nobody", "from_files": False, "has_reference": True}
+    for on_cpu in (False, True):
+        found = rank_memory(shape_of(), replace(HOLDING, stage=stage, on_cpu=on_cpu), STEP, **arguments)
+        assert {parts["frozen copy as the reference"] for parts in found.device.values()} == {expected}
+    found = rank_memory(shape_of(), replace(HOLDING, stage=3, weights_on="cpu"), STEP, **arguments)
+    assert found.host["training"]["frozen copy as the reference"] == 6000
+    assert not any("frozen copy as the reference" in parts for parts in found.device.values())
+
+
 def test_a_parameter_on_a_border_is_kept_whole_by_both_sides():
     weights = (Weight("a", 1500, True, True), Weight("b", 1500, True, True), Weight("c", 1000, True, True))
     found = memory_of(weights, ranks=2)  # the border at 2000 goes through b

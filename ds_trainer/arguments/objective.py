@@ -1,0 +1,25 @@
+"""Which numbers each stage's objective has, and their values where nobody wrote them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_trainer.arguments.schema import RunSettings
+
+NUMBERS: dict[str, dict[str, Any]] = {
+    "pretrain": {},
+    "sft": {},
+    "reward": {},
+    "dpo": {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0},
+    "orpo": {"odds_weight": 0.1},
+    "simpo": {"beta": 2.0, "gamma": 1.0},
+}
+"""Stage -> the settings of the section `objective` that it reads, with their defaults: those of the papers."""
+PAIR_STAGES = ("reward", "dpo", "orpo", "simpo")
+"""Stages that train on pairs of answers."""
+
+
+def numbers_of(settings: RunSettings) -> dict[str, Any]:
+    """The numbers of the run's objective in force."""
+    written = settings.objective.model_dump(exclude_none=True) if settings.objective else {}
+    return {name: written.get(name, default) for name, default in NUMBERS[settings.train.stage].items()}

@@ -1,0 +1,48 @@
+"""The model that a policy is compared with: what it was before the run, in one of two forms that compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_trainer.objectives.language_model import log_probs
+from ds_trainer.protocols import ModelBatch
+
+Reference = Callable[[Any, ModelBatch], Tensor]
+"""(engine of the policy, batch) -> the reference's log-probability of each target, (num_targets,) without a gradient."""
+
+
+def adapter_off(engine: Any, batch: ModelBatch) -> Tensor:
+    """The base of an adapter, which is the policy with the adapter switched off: nothing is held twice.
+
+    Args:
+        engine: its `module` is a peft model.
+        batch: on the engine's device.
+    """
+    with torch.no_grad(), _evaluating(engine), engine.module.disable_adapter():
+        return log_probs(engine, batch)
+
+
+def copy(model: Callable[..., Tensor]) -> Reference:
+    """A frozen copy of the model, in evaluation mode."""
+
+    def of_copy(engine: Any, batch: ModelBatch) -> Tensor:
+        with torch.no_grad():
+            return log_probs(model, batch)
+
+    return of_copy
+
+
+@contextmanager
+def _evaluating(engine: Any) -> Iterator[None]:
+    """Inside, no dropout: it would make the reference another one at every call, and take random numbers from the policy."""
+    was_training = engine.module.training
+    engine.train(False)
+    try:
+        yield
+    finally:
+        engine.train(was_training)
