@@ -48,6 +48,8 @@ class ModelBatch:
     """The token to be predicted at each of them: (num_targets,) int64."""
     num_tokens: int
     """Positions that hold a token, so without padding."""
+    num_pairs: int
+    """Pairs (token, token it attends to) under full causal attention inside each document; a token attends to itself too."""
     sequence_lengths: Tensor | None = None
     """Targets of each document that has any, in the order of the targets: (num_sequences,) int64, each at least 1."""
 
@@ -56,6 +58,11 @@ class ModelBatch:
         """Documents that have a target; known without asking the device."""
         assert self.sequence_lengths is not None, "`model.attention.arrange` counts them"
         return self.sequence_lengths.numel()
+
+    @property
+    def num_positions(self) -> int:
+        """Positions the model computes, with padding where the layout has any."""
+        return int(self.inputs["input_ids"].numel())
 
     @property
     def num_targets(self) -> int:
@@ -72,6 +79,7 @@ class ModelBatch:
             target_positions=self.target_positions.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             num_tokens=self.num_tokens,
+            num_pairs=self.num_pairs,
             sequence_lengths=(None if self.sequence_lengths is None else self.sequence_lengths.to(device, non_blocking=True)),
         )
 

@@ -41,6 +41,7 @@ class Engine:
         self._objective = objective
         self._boundary = False
         self._begins = True
+        self._trains = False
         self._pace = Pace(deepspeed_engine.module, deepspeed_engine.device)
         self._copies: dict[tuple[int, str], Tensor] = {}
         self._metrics: dict[str, tuple[Tensor, int]] = {}
@@ -54,9 +55,23 @@ class Engine:
         return module
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Call the model as the objective does."""
+        """Call the model before the first step, without gradients."""
         output: Tensor = self._engine(**inputs)
+        self._forget_passes()
         return output
+
+    def _forget_passes(self) -> None:
+        """After a forward without a backward that came before the first step: ZeRO-3 must not take it for a step.
+
+        DeepSpeed 0.19.8 learns from a whole pass in what order modules run and which weights to release after each of them.
+        The latter it never learns anew (`lru_cache` of `__params_to_release`, runtime/zero/partitioned_param_coordinator.py):
+        from a forward alone it learns to release what every backward would then have to gather again.
+        """
+        offload = None if self._trains else getattr(self._engine.optimizer, "parameter_offload", None)
+        if offload is not None:
+            coordinator = offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
     def units(self, batch: ModelBatch) -> tuple[int, ...]:
         """What the terms of the loss are means over, in this batch. Not collective."""
@@ -77,7 +92,7 @@ class Engine:
         """
         with self._pace.measured() if self._begins else nullcontext():
             sums = self._objective.sums(self._engine, batch)
-        self._begins = False
+        self._begins, self._trains = False, True
         # 0 for a finite loss, NaN for any other: then all gradients are NaN, and DeepSpeed's own check before the update covers
         # the loss too, on all ranks and without another wait for the device.
         spoiled = 0.0 * sums.terms.detach().sum()
@@ -122,7 +137,9 @@ class Engine:
     def evaluate(self, batch: ModelBatch) -> LossSums:
         """The sums of a batch, without gradients; call it after `train_mode(False)`."""
         with torch.no_grad():
-            return self._objective.sums(self._engine, batch)
+            sums = self._objective.sums(self._engine, batch)
+        self._forget_passes()
+        return sums
 
     def train_mode(self, on: bool) -> None:
         """Switch dropout and the like on for training, off for evaluation."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.engine_config import build_engine_config, hidden_size_of, optimizer_kind, solve_run_batch
 from ds_trainer.arguments.merge import Resolved, resolve
+from ds_trainer.arguments.objective import reference_is_base
 from ds_trainer.errors import ModelError, RefusedError
 from ds_trainer.model import load
 from ds_trainer.model.attention import choose_attention
@@ -110,13 +111,19 @@ def make_plan(request: Request) -> Plan:
     settings = resolved.settings
     batch = solve_run_batch(resolved, cluster.ranks)
     config = read_config(settings.model)
-    engine = build_engine_config(resolved, batch, hidden_size=hidden_size_of(config.to_dict()), device_type=cluster.device_type)
-    if autos := [name for name, value in engine.config["zero_optimization"].items() if value == "auto"]:
-        raise ModelError(f"DeepSpeed's {', '.join(autos)} are \"auto\", which needs the model's hidden_size. Write numbers.")
-    holding = holding_of(resolved, engine, batch, ranks_per_node=cluster.ranks_per_node, device_type=cluster.device_type)
     model = settings.model.model_dump_json()
     adapter = settings.adapter.model_dump_json() if settings.adapter else "null"
     shape = read_shape(model, adapter, settings.train.precision)
+    engine = build_engine_config(
+        resolved,
+        batch,
+        hidden_size=hidden_size_of(config.to_dict()),
+        whole_layer=shape.whole_layer,
+        device_type=cluster.device_type,
+    )
+    if autos := [name for name, value in engine.config["zero_optimization"].items() if value == "auto"]:
+        raise ModelError(f"DeepSpeed's {', '.join(autos)} are \"auto\", which needs the model's hidden_size. Write numbers.")
+    holding = holding_of(resolved, engine, batch, ranks_per_node=cluster.ranks_per_node, device_type=cluster.device_type)
     attention = choose_attention(settings.model.attention, config, cluster.device_type, settings.train.precision)
     step = trace(
         Traced(
@@ -127,6 +134,7 @@ def make_plan(request: Request) -> Plan:
             gradient_checkpointing=settings.model.gradient_checkpointing,
             rows=batch.micro_batch_size,
             seq_len=settings.data.seq_len,
+            whole_layers=holding.whole_layers and shape.whole_layers > 0,
             keep_gradients=gradients_grow(holding),
             on_cpu=holding.on_cpu,
         )
@@ -169,13 +177,13 @@ def _notes_on_pairs(resolved: Resolved) -> list[str]:
     if settings.train.stage == "reward":
         return ["train.stage = reward: counted as a language model, whose head a reward model does not have, so it takes less"]
     if has_reference(resolved):
-        return ["train.stage = dpo keeps a frozen copy of the model as its reference; with an adapter it takes nothing"]
+        return ["train.stage = dpo keeps a frozen copy of the model as its reference; with a new adapter it takes nothing"]
     return []
 
 
 def has_reference(resolved: Resolved) -> bool:
     """Whether the run holds a second model, which it only computes with."""
-    return resolved.settings.train.stage == "dpo" and resolved.settings.adapter is None
+    return resolved.settings.train.stage == "dpo" and not reference_is_base(resolved.settings.adapter)
 
 
 def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str) -> list[str]:
@@ -195,6 +203,8 @@ def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str)
         notes.append("model.resize_vocabulary: the tokenizer is not read, so the vocabulary is counted as the config has it")
     if optimizer_kind(resolved, cluster.device_type) == "deepspeed":
         notes.append("the optimizer is DeepSpeed's own: its state is counted by its name, see docs/design/memory.md")
+    if settings.model.offload_activations:
+        notes.append("model.offload_activations: what is kept of each layer is counted on the device, as if it stayed there")
     if attention == "eager":
         notes.append("attention `eager` holds the scores of every layer; `documents` or flash attention do not")
     return notes
