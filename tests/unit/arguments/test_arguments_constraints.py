@@ -76,9 +76,9 @@ EXAMPLES = {
         run(data__streaming=True, train__max_steps=5, evaluate__sources=[{"path": "a"}]),
     ),
     "a_value_head_has_an_adapter_of_its_own": (
-        run(adapter__lora={"path": "a"}, train__stage="reward"),
-        '"path": "a"',
-        run(adapter__lora={"path": "a"}, train__stage="dpo"),
+        run(adapter__lora={"path": "there"}, train__stage="reward"),
+        '"path": "there"',
+        run(adapter__lora={"path": "there"}, train__stage="dpo"),
     ),
     "a_value_has_no_logits": (
         run(model__chunked_loss=True, train__stage="reward"),
