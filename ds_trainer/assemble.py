@@ -27,7 +27,7 @@ from ds_trainer.arguments.engine_config import (
     zero_stage,
 )
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.arguments.objective import PAIR_STAGES, numbers_of
+from ds_trainer.arguments.objective import PAIR_STAGES, numbers_of, reference_is_base
 from ds_trainer.data.cache import head_start_of
 from ds_trainer.data.loader import Windows, evaluation_batches
 from ds_trainer.data.rows import TokenRows
@@ -187,16 +187,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
     faults.point("loading")
     attention.register_document_attention()
     with sharded_construction(config):
-        model = complete(prepared, construct(prepared, report))
-        if settings.adapter:
-            sharded = zero_stage(prepared.resolved) == 3
-            model = add_adapter(
-                model,
-                settings.adapter,
-                settings.train.seed,
-                gather if sharded else None,
-                value_head=settings.train.stage == "reward",
-            )
+        model = adapted(prepared, complete(prepared, construct(prepared, report)))
     if prepared.whole_layers.indices:
         found = decoder_layers(base_of(model))
         assert found is not None  # the model without weights has them
@@ -236,10 +227,24 @@ def complete(prepared: Prepared, model: torch.nn.Module) -> torch.nn.Module:
         resize=settings.model.resize_vocabulary,
         gradient_checkpointing=settings.model.gradient_checkpointing,
         seed=settings.train.seed,
+        offload_activations=settings.model.offload_activations,
     )
     if settings.train.stage == "reward":
         load.mark_padding(model, tokenizer.pad_token_id)
     return model
+
+
+def adapted(prepared: Prepared, model: torch.nn.Module) -> torch.nn.Module:
+    """A complete model with its adapter, where the run has one. Collective under ZeRO-3."""
+    settings = prepared.resolved.settings
+    if settings.adapter is None:
+        return model
+    sharded = zero_stage(prepared.resolved) == 3
+    value_head = settings.train.stage == "reward"
+    built: torch.nn.Module = add_adapter(
+        model, settings.adapter, settings.train.seed, gather if sharded else None, value_head=value_head
+    )
+    return built
 
 
 def attach(prepared: Prepared, model: torch.nn.Module) -> str:
@@ -266,16 +271,20 @@ def objective_of(prepared: Prepared, report: Report) -> Objective:
 
 
 def reference_of(prepared: Prepared, report: Report) -> reference.Reference:
-    """The model before the run: the base of an adapter, or a frozen copy. Collective where it is a copy."""
-    if prepared.resolved.settings.lora:
+    """The model before the run: the base of a new adapter, or a frozen copy. Collective where it is a copy."""
+    adapter = prepared.resolved.settings.adapter
+    if reference_is_base(adapter):
         report("reference: the base, which is the model with the adapter switched off; nothing is held twice")
         return reference.adapter_off
     config = prepared.engine_config.config
     with sharded_construction(config):
         model = complete(prepared, construct(prepared, report))
-    attach(prepared, model)
+        if adapter and adapter.lora:  # an adapter that was there before the run is a part of what was there before it
+            model = adapted(prepared, model)
+    attach(prepared, base_of(model))
     where = "sharded as the model is" if config["zero_optimization"]["stage"] == 3 else "whole on every rank"
-    report(f"reference: a frozen copy of the model as it was before the run, {where}; with adapter.lora it takes nothing")
+    told = "a frozen copy of the model as it was before the run"
+    report(f"reference: {told}, {where}; with a new adapter it would take no memory")
     return reference.copy(freeze(model, config, prepared.device))
 
 

@@ -192,6 +192,19 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "docs/design/preference.md",
     ),
     Constraint(
+        "a_value_head_has_an_adapter_of_its_own",
+        "adapter.lora.path",
+        lambda v: (
+            v.settings.train.stage == "reward"
+            and v.settings.adapter is not None
+            and v.settings.adapter.lora is not None
+            and v.settings.adapter.lora.path is not None
+        ),
+        "adapter.lora.path goes on with an adapter that has no value head. Merge it into its base first (ds_trainer export "
+        "--merge) and give that as model.path, without adapter.lora.path.",
+        "model/adapter.py",
+    ),
+    Constraint(
         "a_value_has_no_logits",
         "model.chunked_loss",
         lambda v: v.settings.train.stage == "reward" and v.has("model.chunked_loss"),
@@ -334,15 +347,6 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "the adapter at adapter.lora.path has its own adapter_config.json, which says its rank, alpha, targets and variant. "
         "Remove these settings beside it: " + ", ".join(f"adapter.lora.{name}" for name in ADAPTER_SHAPE) + ".",
         "peft, PeftConfig.from_pretrained",
-    ),
-    Constraint(
-        "dpo_compares_with_the_base",
-        "adapter.lora.path",
-        lambda v: v.settings.train.stage == "dpo" and v.has("adapter.lora.path"),
-        "dpo compares with the model before the run, and with LoRA that is the base with the adapter off: it would be another "
-        "model than the one this run starts from. Merge the adapter into its base (ds_trainer export --merge), and name that "
-        "folder as model.path.",
-        "objectives/reference.py",
     ),
     Constraint(
         "rates_by_group_need_our_schedule",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_trainer.arguments.schema import RunSettings
+from ds_trainer.arguments.schema import AdapterSection, RunSettings
 
 NUMBERS: dict[str, dict[str, Any]] = {
     "pretrain": {},
@@ -23,3 +23,11 @@ def numbers_of(settings: RunSettings) -> dict[str, Any]:
     """The numbers of the run's objective in force."""
     written = settings.objective.model_dump(exclude_none=True) if settings.objective else {}
     return {name: written.get(name, default) for name, default in NUMBERS[settings.train.stage].items()}
+
+
+def reference_is_base(adapter: AdapterSection | None) -> bool:
+    """Whether the model before the run is the base of its adapter, and so needs no copy.
+
+    Where an adapter is trained further it is not, and where a part of the weights is trained there is no base beside it.
+    """
+    return adapter is not None and adapter.lora is not None and adapter.lora.path is None

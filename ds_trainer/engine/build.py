@@ -104,6 +104,32 @@ def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     return context
 
 
+def freeze(model: nn.Module, config: dict[str, Any], device: torch.device) -> Any:
+    """A model that is only computed with, in evaluation mode: sharded as the trained one is under ZeRO-3. Collective there.
+
+    Args:
+        model: constructed in the same way as the trained one.
+        config: the DeepSpeed config of the trained one.
+        device: where it computes.
+
+    Returns:
+        What is called in its place; under ZeRO-3 by every rank together.
+    """
+    import deepspeed
+
+    model.requires_grad_(False).eval()
+    zero = config["zero_optimization"]
+    if zero["stage"] != 3:
+        return model.to(device)
+    kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "bf16", "fp16")
+    # Without an optimizer nothing of it is offloaded.
+    sharded = {name: value for name, value in zero.items() if name != "offload_optimizer"}
+    config = {name: config[name] for name in kept if name in config} | {"zero_optimization": sharded}
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    engine.eval()
+    return engine
+
+
 def gather_whole(layers: list[nn.Module]) -> None:
     """Have ZeRO-3 gather each of these modules with all it contains at once (what DeepSpeed calls a leaf module).
 
@@ -135,32 +161,6 @@ def _check_first_gradients(layer: nn.Module, trained: list[nn.Parameter]) -> Non
 
     # Registered before DeepSpeed's own hook, so it is called before it.
     handle = layer.register_full_backward_hook(check)
-
-
-def freeze(model: nn.Module, config: dict[str, Any], device: torch.device) -> Any:
-    """A model that is only computed with, in evaluation mode: sharded as the trained one is under ZeRO-3. Collective there.
-
-    Args:
-        model: constructed in the same way as the trained one.
-        config: the DeepSpeed config of the trained one.
-        device: where it computes.
-
-    Returns:
-        What is called in its place; under ZeRO-3 by every rank together.
-    """
-    import deepspeed
-
-    model.requires_grad_(False).eval()
-    zero = config["zero_optimization"]
-    if zero["stage"] != 3:
-        return model.to(device)
-    kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "bf16", "fp16")
-    # Without an optimizer nothing of it is offloaded.
-    sharded = {name: value for name, value in zero.items() if name != "offload_optimizer"}
-    config = {name: config[name] for name in kept if name in config} | {"zero_optimization": sharded}
-    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
-    engine.eval()
-    return engine
 
 
 def build_engine(

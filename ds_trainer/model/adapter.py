@@ -13,7 +13,6 @@ from torch import nn
 
 from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection
 from ds_trainer.errors import ModelError
-from ds_trainer.model import load
 from ds_trainer.model.stack import decoder_layers
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -39,7 +38,9 @@ def add_adapter(
         ModelError: a name matches nothing, or the adapter does not fit the model.
     """
     if adapter.freeze is not None:
-        freeze(model, adapter.freeze, always=f"{load.VALUE_HEAD.partition('.')[0]}.*" if value_head else None)
+        freeze(model, adapter.freeze)
+        if value_head:
+            model.score.requires_grad_(True)
         return model
     assert adapter.lora is not None  # a constraint of the settings
     return add_lora(model, adapter.lora, seed, gather, value_head=value_head)
@@ -144,20 +145,15 @@ def name_in_file(name: str) -> str:
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
-def freeze(model: Any, wanted: FreezeSection, always: str | None = None) -> None:
+def freeze(model: Any, wanted: FreezeSection) -> None:
     """Let only the chosen weights of a model be trained.
-
-    Args:
-        model: a transformers model.
-        wanted: `adapter.freeze`.
-        always: a pattern of weights that are trained whatever it says.
 
     Raises:
         ModelError: a pattern matches no weight, or the model has fewer layers.
     """
     names = [name for name, _ in model.named_parameters()]
     chosen: set[str] = set()
-    for pattern in [*wanted.train, *([always] if always else [])]:
+    for pattern in wanted.train:
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             raise ModelError(

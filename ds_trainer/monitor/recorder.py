@@ -134,8 +134,8 @@ class Recorder:
         measured = self.take_metrics()
         own_sums = [torch.stack([value.double(), torch.full_like(value, of).double()]) for value, of in measured.values()]
         sums = comm.sum_over_ranks(torch.cat([shares, fed, targets_here[None], *own_sums])).tolist()
-        losses, sums = sums[: len(shares)], sums[len(shares) :]
-        tokens, positions, pairs, targets, *found = sums
+        losses, rest = sums[: len(shares)], sums[len(shares) :]
+        (tokens, positions, pairs, targets), found = rest[:4], rest[4:]
         metrics = {name: value / max(1.0, of) for name, value, of in zip(measured, found[::2], found[1::2], strict=True)}
         # After the collective, so that it holds the wait for the device and for slower ranks too.
         seconds = self._watch.lap()

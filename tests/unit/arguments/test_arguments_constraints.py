@@ -75,6 +75,11 @@ EXAMPLES = {
         '"streaming":',
         run(data__streaming=True, train__max_steps=5, evaluate__sources=[{"path": "a"}]),
     ),
+    "a_value_head_has_an_adapter_of_its_own": (
+        run(adapter__lora={"path": "there"}, train__stage="reward"),
+        '"path": "there"',
+        run(adapter__lora={"path": "there"}, train__stage="dpo"),
+    ),
     "a_value_has_no_logits": (
         run(model__chunked_loss=True, train__stage="reward"),
         '"chunked_loss":',
@@ -156,11 +161,6 @@ EXAMPLES = {
         run(adapter__lora={"path": "out/a", "rank": 4}),
         '"path": "out/a"',
         run(adapter__lora={"path": "out/a", "dropout": 0.1}),
-    ),
-    "dpo_compares_with_the_base": (
-        run(adapter__lora={"path": "out/a"}, train__stage="dpo"),
-        '"path": "out/a"',
-        run(adapter__lora={"path": "out/a"}, train__stage="simpo"),
     ),
     "rates_by_group_need_our_schedule": (
         ds({"train__layer_learning_rate_decay": 0.9}, scheduler={"type": "WarmupLR"}),

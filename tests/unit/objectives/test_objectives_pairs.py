@@ -212,7 +212,7 @@ def test_a_rank_without_rows_gives_zero_with_a_gradient_and_the_same_names():
 
 def test_sums_of_sequences_are_exact_where_fp32_would_lose_them():
     lengths = torch.tensor([3, 1])
-    batch = ModelBatch({}, torch.arange(4), torch.zeros(4, dtype=torch.int64), 4, lengths)
+    batch = ModelBatch({}, torch.arange(4), torch.zeros(4, dtype=torch.int64), 4, 0, lengths)
     values = torch.tensor([1e8, 1.0, -1e8, 2.0], requires_grad=True)
     sums = pairs.sums_of_sequences(values, batch)
     assert sums.tolist() == [1.0, 2.0]
