@@ -44,10 +44,12 @@ from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import ArgumentsError, ModelError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.model.layers import WholeLayers, meta_model
 from ds_trainer.model.layers import whole_layers as find_whole_layers
 from ds_trainer.model.stack import decoder_layers
+from ds_trainer.monitor.metrics import model_flops, peak_flops, uncounted
+from ds_trainer.monitor.recorder import Speed
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows, samples_of_micro_batch
@@ -137,7 +139,7 @@ def decide_whole_layers(resolved: Resolved, model_config: Any) -> WholeLayers:
             attention="eager",
             trust_remote_code=settings.model.trust_remote_code,
             gradient_checkpointing=False,
-            lora=settings.adapter.lora if settings.adapter else None,
+            adapter=settings.adapter,
         )
     )
 
@@ -193,7 +195,8 @@ def build(prepared: Prepared, report: Report) -> Engine:
             offload_activations=settings.model.offload_activations,
         )
         if settings.adapter:
-            model = add_lora(model, settings.adapter.lora, settings.train.seed)
+            sharded = zero_stage(prepared.resolved) == 3
+            model = add_adapter(model, settings.adapter, settings.train.seed, gather if sharded else None)
     if prepared.whole_layers.indices:
         found = decoder_layers(base_of(model))
         assert found is not None  # the model without weights has them
@@ -208,6 +211,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
         optimizer_kind=optimizer_kind(prepared.resolved, prepared.device.type),
         own_schedule=not uses_deepspeed_scheduler(prepared.resolved),
         train=settings.train,
+        lora_plus=settings.adapter.lora.learning_rate_ratio if settings.adapter and settings.adapter.lora else 1.0,
         max_steps=prepared.plan.max_steps,
         report=report,
     )
@@ -227,6 +231,27 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     """The model's parameters, and those of them that are trained; over all ranks where they are sharded."""
     counts = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
     return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+
+
+def speed_of(prepared: Prepared, engine: Engine, report: Report) -> Speed:
+    """What the run's use of the devices is measured against; what of it cannot be known is said where there is a GPU."""
+    settings, device = prepared.resolved.settings, prepared.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak, source = settings.monitor.peak_tflops and settings.monitor.peak_tflops * 1e12, "monitor.peak_tflops"
+    if peak is None and device.type == "cuda" and settings.train.precision != "fp32":
+        peak, source = peak_flops(name), f"the peak of one {name} in {settings.train.precision}"
+    wanted = peak or device.type == "cuda"
+    if other := uncounted(prepared.model_config, settings.data.seq_len):
+        if wanted:
+            report(f"MFU: not shown, for this model has {other}, whose operations are not counted")
+        return Speed()
+    if peak:
+        report(f"MFU: of {peak / 1e12:g} TFLOP/s, {source}")
+    elif wanted:
+        report(f"MFU: not shown, for the peak of a {name} in {settings.train.precision} is not known; set monitor.peak_tflops")
+    named = engine.model.named_parameters()
+    weights = ((name, getattr(each, "ds_numel", each.numel()), each.requires_grad) for name, each in named)
+    return Speed(model_flops(weights, prepared.model_config), peak)
 
 
 def construct(prepared: Prepared, report: Report) -> torch.nn.Module:

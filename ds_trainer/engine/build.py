@@ -141,6 +141,7 @@ def build_engine(
     train: TrainSection,
     max_steps: int,
     report: Callable[[str], None],
+    lora_plus: float = 1.0,
 ) -> Engine:
     """Wrap the model in a DeepSpeed engine. Collective.
 
@@ -153,6 +154,7 @@ def build_engine(
         train: learning rate, decay, schedule.
         max_steps: optimizer steps of the whole run.
         report: takes a line for the user.
+        lora_plus: learning rate of LoRA's second matrices as a multiple of the others'.
 
     Raises:
         BuildError: an op must be compiled and cannot be.
@@ -164,10 +166,10 @@ def build_engine(
         if (zero.get(what) or {}).get("device") == "nvme":
             build_op("async_io", report)
             break
-    optimizer = build_optimizer(optimizer_kind, model, train, report)
+    optimizer = build_optimizer(optimizer_kind, model, train, lora_plus, report)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=None if optimizer is not None else parameter_groups(model, train.weight_decay),
+        model_parameters=None if optimizer is not None else parameter_groups(model, train, lora_plus),
         optimizer=optimizer,
         lr_scheduler=build_schedule(train, max_steps) if own_schedule else None,
         config=config,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_trainer.arguments.schema import LoraSection, Recompute
+from ds_trainer.arguments.schema import AdapterSection, Recompute
 from ds_trainer.model import load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.model.stack import decoder_layers
 from ds_trainer.model.tokenizer import first_line
 
@@ -41,14 +41,14 @@ def meta_model(
     attention: str,
     trust_remote_code: bool,
     gradient_checkpointing: Recompute,
-    lora: LoraSection | None,
+    adapter: AdapterSection | None,
 ) -> Any:
     """The model as a run builds it, on the meta device: its real code and shapes, without memory for its weights."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = load.build_model(config, precision=precision, attention=attention, trust_remote_code=trust_remote_code)
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
-        return add_lora(model, lora, 0) if lora else model
+        return add_adapter(model, adapter, 0) if adapter else model
 
 
 def whole_layers(model: Any) -> WholeLayers:

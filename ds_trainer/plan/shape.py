@@ -27,6 +27,7 @@ from ds_trainer.model.attention import DOCUMENTS
 from ds_trainer.model.layers import meta_model, whole_layers
 from ds_trainer.model.stack import decoder_layers
 from ds_trainer.model.tokenizer import first_line, require_folder
+from ds_trainer.monitor.metrics import ModelFlops, model_flops
 from ds_trainer.objectives import language_model
 from ds_trainer.plan.heap import Heap
 from ds_trainer.protocols import ModelBatch
@@ -65,10 +66,10 @@ class Shape:
     """Parameters of the largest decoder layer that ZeRO-3 may gather whole; see `model/layers.py`. 0: none."""
     whole_layers: int
     """How many may be gathered so."""
-    hidden_size: int
     vocabulary_size: int
     num_layers: int
     buffers_bytes: int
+    flops: ModelFlops
 
     @property
     def total(self) -> int:
@@ -159,10 +160,10 @@ def read_shape(model: str, adapter: str, precision: str) -> Shape:
         largest_module=max(sum(each.numel() for each in module.parameters(recurse=False)) for module in built.modules()),
         whole_layer=whole.numel,
         whole_layers=len(whole.indices),
-        hidden_size=config.hidden_size,
         vocabulary_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         buffers_bytes=sum(each.numel() * each.element_size() for each in built.buffers()),
+        flops=model_flops(((each.name, each.numel, each.trained) for each in weights), config),
     )
 
 
@@ -176,7 +177,7 @@ def _build(model: str, adapter: str, precision: str, attention: str, *, gradient
         attention=attention,
         trust_remote_code=section.trust_remote_code,
         gradient_checkpointing=gradient_checkpointing,
-        lora=AdapterSection.model_validate_json(adapter).lora if adapter != "null" else None,
+        adapter=AdapterSection.model_validate_json(adapter) if adapter != "null" else None,
     )
     language_model.attach(base_of(built), chunked=section.chunked_loss)
     return built
@@ -247,6 +248,7 @@ def _run(model: Any, asked: Traced) -> StepPeak:
         target_positions=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         targets=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         num_tokens=ids.numel(),
+        num_pairs=ids.numel(),
     )
     hooks: list[Any] = []
     found = decoder_layers(base_of(model)) if asked.whole_layers else None

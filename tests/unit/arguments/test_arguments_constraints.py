@@ -95,6 +95,22 @@ EXAMPLES = {
         '"adapter":',
         run(adapter__lora={"rank": 4}),
     ),
+    "one_adapter": (
+        run(adapter__lora={"rank": 4}, adapter__freeze={"last_layers": 1}),
+        '"adapter":',
+        run(adapter__freeze={"last_layers": 1}),
+    ),
+    "freeze_trains_something": (run(adapter__freeze={"train": []}), '"freeze":', run(adapter__freeze={"train": ["*.mlp.*"]})),
+    "adapter_path_says_its_shape": (
+        run(adapter__lora={"path": "out/a", "rank": 4}),
+        '"path": "out/a"',
+        run(adapter__lora={"path": "out/a", "dropout": 0.1}),
+    ),
+    "rates_by_group_need_our_schedule": (
+        ds({"train__layer_learning_rate_decay": 0.9}, scheduler={"type": "WarmupLR"}),
+        '"scheduler":',
+        ds({"train__layer_learning_rate_decay": 1.0}, scheduler={"type": "WarmupLR"}),
+    ),
     "dtype_agrees_with_precision": (run(model__dtype="float16"), '"dtype":', run(model__dtype="bfloat16")),
     "flash_needs_half": (
         run(model__attention="flash_attention_2", train__precision="fp32"),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_trainer.monitor.metrics import ModelFlops
 from ds_trainer.plan.holding import Holding
 from ds_trainer.plan.memory import CPU_PROCESS, CUDA_CONTEXT, RankMemory, live_parameters, rank_memory, states_of
 from ds_trainer.plan.shape import LARGE_BLOCK, Shape, StepPeak, Weight
@@ -58,7 +59,7 @@ def shape_of(weights: tuple[Weight, ...] = WEIGHTS) -> Shape:
         largest_module=largest,
         whole_layer=3000,
         whole_layers=1,
-        hidden_size=8,
+        flops=ModelFlops(0, 0),
         vocabulary_size=16,
         num_layers=7,
         buffers_bytes=0,
