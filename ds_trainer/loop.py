@@ -19,7 +19,7 @@ from ds_trainer import comm, faults, nonfinite, whereabouts
 from ds_trainer.errors import NonFiniteError
 from ds_trainer.nonfinite import NonFinite, SamplesOf
 from ds_trainer.protocols import ModelBatch
-from ds_trainer.state import TrainState, step_seed
+from ds_trainer.state import TrainState, seed_step
 
 logger = logging.getLogger("ds_trainer")
 
@@ -100,7 +100,7 @@ def train(
         whereabouts.at("counting targets")
         faults.at_step(state.step + 1)
         faults.point("training")
-        torch.manual_seed(step_seed(plan.seed, state.step, comm.rank()))
+        seed_step(plan.seed, state.step, comm.rank(), engine.device)
         num_tokens = sum(batch.num_tokens for batch in window)
         counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens], device=engine.device)
         counts = comm.sum_over_ranks(counts)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection
 from ds_trainer.errors import ModelError
+from ds_trainer.model.stack import decoder_layers
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 """Makes sharded parameters whole inside; at the end rank zero's values hold."""
@@ -156,28 +157,14 @@ def freeze(model: Any, wanted: FreezeSection) -> None:
             )
         chosen.update(matched)
     if wanted.last_layers is not None:
-        prefix, count = layers_of(model)
-        if wanted.last_layers > count:
+        found = decoder_layers(model)
+        count = 0 if found is None else len(found[2])
+        if found is None or wanted.last_layers > count:
             raise ModelError(f"adapter.freeze.last_layers = {wanted.last_layers}: this model has {count} layers.")
-        last = tuple(f"{prefix}.{index}." for index in range(count - wanted.last_layers, count))
-        chosen.update(name for name in names if name.startswith(last))
+        last = {id(parameter) for layer in found[2][count - wanted.last_layers :] for parameter in layer.parameters()}
+        chosen.update(name for name, parameter in model.named_parameters() if id(parameter) in last)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
-
-
-def layers_of(model: Any) -> tuple[str, int]:
-    """Name of a model's stack of decoder layers, and how many there are.
-
-    Raises:
-        ModelError: there is no such stack.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, count
-    raise ModelError(
-        f"adapter.freeze.last_layers: {type(model).__name__} has no list of {count} layers. Use adapter.freeze.train."
-    )
 
 
 def require_matches(where: str, wanted: Iterable[str], names: list[str], kind: str, advice: str) -> None:
