@@ -10,7 +10,12 @@ from helpers import run_command, torchrun
 
 WORKER = Path(__file__).parent / "workers" / "whole_layers.py"
 EXACT = {"all weights": [0, 1, 2, 3], "tied, recomputed": [0, 1, 2, 3], "weights on the host": [0, 1, 2, 3]}
-ROUNDED = {"lora": [1, 2, 3], "lora on two layers, recomputed where cheap": [0, 2, 3]}
+ROUNDED = {
+    "lora": [1, 2, 3],
+    "dora": [1, 2, 3],
+    "last two layers": [0, 1, 3],
+    "lora on two layers, recomputed where cheap": [0, 2, 3],
+}
 """The first layer that is trained is gathered module by module, which adds up its input's gradient in another order."""
 
 

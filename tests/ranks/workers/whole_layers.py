@@ -16,10 +16,10 @@ from transformers import AutoConfig
 
 from ds_trainer import comm
 from ds_trainer.arguments.engine_config import SMALLEST_BUCKET
-from ds_trainer.arguments.schema import LoraSection
+from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection
 from ds_trainer.engine.build import build_engine, gather, gather_whole, prepare_deepspeed, sharded_construction
 from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.model.layers import meta_model, whole_layers
 from ds_trainer.model.stack import decoder_layers
 from ds_trainer.objectives import language_model
@@ -31,16 +31,18 @@ AT_ONCE = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 3000, 
 CASES = {
     "all weights": {},
     "tied, recomputed": {"tied": True, "recompute": True, "zero": AT_ONCE},
-    "lora": {"lora": LoraSection(rank=4), "zero": AT_ONCE},
+    "lora": {"adapter": AdapterSection(lora=LoraSection(rank=4)), "zero": AT_ONCE},
+    "dora": {"adapter": AdapterSection(lora=LoraSection(rank=4, dora=True)), "zero": AT_ONCE},
+    "last two layers": {"adapter": AdapterSection(freeze=FreezeSection(last_layers=2)), "zero": AT_ONCE},
     "lora on two layers, recomputed where cheap": {
-        "lora": LoraSection(rank=4, target_modules=["layers.1.self_attn.q_proj", "layers.3.mlp.up_proj"]),
+        "adapter": AdapterSection(lora=LoraSection(rank=4, target_modules=["1.self_attn.q_proj", "3.mlp.up_proj"])),
         "recompute": "selective",
     },
     "weights on the host": {"zero": {**ON_CPU, **AT_ONCE}},
 }
 
 
-def run(stage: int, *, tied=False, recompute=False, lora=None, zero=None) -> dict[str, torch.Tensor]:
+def run(stage: int, *, tied=False, recompute=False, adapter=None, zero=None) -> dict[str, torch.Tensor]:
     ranks, rank = comm.world_size(), comm.rank()
     micro = parity.ROWS // (ranks * ACCUMULATION)
     parity.CONFIG |= {"num_hidden_layers": 4, "tie_word_embeddings": tied}
@@ -60,8 +62,8 @@ def run(stage: int, *, tied=False, recompute=False, lora=None, zero=None) -> dic
     with sharded_construction(config):
         model = parity.build_model(gather if stage == 3 else None)
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=recompute, seed=0)
-        if lora:
-            model = add_lora(model, lora, 0)
+        if adapter:
+            model = add_adapter(model, adapter, 0)
     found = {}
     if stage == 3:
         traced = meta_model(
@@ -70,7 +72,7 @@ def run(stage: int, *, tied=False, recompute=False, lora=None, zero=None) -> dic
             attention="eager",
             trust_remote_code=False,
             gradient_checkpointing=False,
-            lora=lora,
+            adapter=adapter,
         )
         indices = whole_layers(traced).indices
         layers = decoder_layers(base_of(model))[2]

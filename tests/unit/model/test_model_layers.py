@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from ds_trainer.arguments.schema import AdapterSection, LoraSection
+from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection
 from ds_trainer.model import layers
 from ds_trainer.model.layers import meta_model, whole_layers
 from ds_trainer.model.stack import decoder_layers
@@ -35,8 +35,11 @@ def test_the_first_trained_layer_above_frozen_embeddings_is_not():
     found = whole_layers(traced(adapter=AdapterSection(lora=LoraSection(rank=4))))
     assert found.indices == (1, 2)
     assert found.why == "one is the first that is trained, so that its input has no gradient"
-    found = whole_layers(traced(adapter=AdapterSection(lora=LoraSection(rank=4, target_modules=["layers.1.self_attn.q_proj"]))))
-    assert found.indices == (0, 2)
+    lora = LoraSection(rank=4, target_modules=["1.self_attn.q_proj"])
+    assert whole_layers(traced(adapter=AdapterSection(lora=lora))).indices == (0, 2)
+    assert whole_layers(traced(adapter=AdapterSection(freeze=FreezeSection(last_layers=1)))).indices == (0, 1)
+    trained_below = LoraSection(rank=4, modules_to_save=["embed_tokens"])
+    assert whole_layers(traced(adapter=AdapterSection(lora=trained_below))).indices == (0, 1, 2)
 
 
 def test_a_layer_that_is_too_large_is_not(monkeypatch):
