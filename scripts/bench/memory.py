@@ -22,9 +22,9 @@ from turns import Live, llama, write_case, write_texts
 MIB = 2**20
 CASES = [(1, 1, False), (2, 1, False), (3, 1, False), (2, 1, True), (1, 2, False), (2, 2, False), (3, 2, False), (2, 2, True)]
 """Stage, ranks, optimizer offloaded."""
-LIMIT = 1280 * MIB
-LONGEST = 8192
-STEP = 256
+LIMIT = 1792 * MIB
+LONGEST = 12288
+STEP = 512
 """Positions to which the longest sequence is found."""
 
 
