@@ -85,6 +85,7 @@ def states(corpus: Path, folder: Path, stage: int, ranks: int, offload: bool) ->
         stage=stage,
         offload=offload,
         bucket=10**6,
+        accumulation=2 if stage == 1 else 1,
     )
     parameters, planned = plan_of(config, ranks)
     with Live("ours", config, ranks=ranks, bytes=True) as live:
