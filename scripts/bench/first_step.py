@@ -31,7 +31,7 @@ def main() -> None:
         {"bare": bare, "ours": ours, "nothing": report}[sys.argv[2]](*sys.argv[3:])
     arguments = parse_arguments(__doc__)
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    repeats = 2 if arguments.quick else 7
+    repeats = 2 if arguments.quick else 5
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         corpus = write_texts(Path(scratch) / "corpus")
         config = str(write_case(corpus, Path(scratch), "run", model=llama(64, 2, vocabulary=512), micro=2, seq_len=64, stage=2))

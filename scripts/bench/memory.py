@@ -22,9 +22,9 @@ from turns import Live, llama, write_case, write_texts
 MIB = 2**20
 CASES = [(1, 1, False), (2, 1, False), (3, 1, False), (2, 1, True), (1, 2, False), (2, 2, False), (3, 2, False), (2, 2, True)]
 """Stage, ranks, optimizer offloaded."""
-LIMIT = 1280 * MIB
-LONGEST = 8192
-STEP = 256
+LIMIT = 1792 * MIB
+LONGEST = 12288
+STEP = 512
 """Positions to which the longest sequence is found."""
 
 
@@ -85,6 +85,7 @@ def states(corpus: Path, folder: Path, stage: int, ranks: int, offload: bool) ->
         stage=stage,
         offload=offload,
         bucket=10**6,
+        accumulation=2 if stage == 1 else 1,
     )
     parameters, planned = plan_of(config, ranks)
     with Live("ours", config, ranks=ranks, bytes=True) as live:

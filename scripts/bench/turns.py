@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -258,11 +257,6 @@ def require_equal(losses: Mapping[str, Sequence[float]], *, falls: bool = True) 
         )
     assert not falls or losses[first][-1] < losses[first][0], f"the loss of {first} does not fall: {losses[first]}"
     return len(losses[first])
-
-
-def all_of(stack: ExitStack, *lives: Live) -> None:
-    for live in lives:
-        stack.enter_context(live)
 
 
 # -- the side that is told ----------------------------------------------------------------------------------------------
