@@ -433,6 +433,9 @@ class Bench:
         # torch's fused AdamW for everybody: no compiler is needed, and the optimizers are equal. With offload, DeepSpeed's for
         # the CPU where it can be built, and torch's otherwise.
         adam = {"type": "AdamW", "params": {"torch_adam": not job["cpu_adam"]}}
+        if job["cpu_adam"] and options.get("low_memory"):
+            # Ours builds a CPUAdam with fp32 states; with this parameter DeepSpeed builds its own, with states in bf16.
+            adam = {"type": "AdamW", "params": {"fp32_optimizer_states": False}}
         ours = block | {"optimizer": adam}
         if not job["cpu_adam"]:
             block |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
