@@ -21,6 +21,7 @@ from ds_trainer.arguments.engine_config import (
     hidden_size_of,
     offload_device,
     optimizer_kind,
+    reason_against_whole_layers,
     solve_run_batch,
     uses_deepspeed_scheduler,
     zero_stage,
@@ -31,12 +32,24 @@ from ds_trainer.data.loader import Windows, evaluation_batches
 from ds_trainer.data.rows import TokenRows
 from ds_trainer.data.sources import Report
 from ds_trainer.engine import sharded_weights
-from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, require_precision, sharded_construction
+from ds_trainer.engine.build import (
+    build_engine,
+    gather,
+    gather_whole,
+    prepare_deepspeed,
+    require_precision,
+    sharded_construction,
+)
 from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import ArgumentsError, ModelError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
+from ds_trainer.model.layers import WholeLayers, meta_model
+from ds_trainer.model.layers import whole_layers as find_whole_layers
+from ds_trainer.model.stack import decoder_layers
+from ds_trainer.monitor.metrics import model_flops, peak_flops, uncounted
+from ds_trainer.monitor.recorder import Speed
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import ModelBatch
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows, samples_of_micro_batch
@@ -55,6 +68,8 @@ class Prepared:
     model_config: Any
     data: RunData
     attention: str
+    whole_layers: WholeLayers
+    """Which decoder layers ZeRO-3 gathers whole; none at the other stages."""
     plan: loop.Plan
 
 
@@ -79,7 +94,14 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, batch: BatchP
     implementation = attention.choose_attention(settings.model.attention, model_config, device.type, settings.train.precision)
     head_start = head_start_of(launch.rank, launch.local_rank)
     data = prepare_run_data(resolved, batch, model_config, report, head_start=head_start)
-    config = build_engine_config(resolved, batch, hidden_size=hidden_size_of(model_config.to_dict()), device_type=device.type)
+    whole_layers = decide_whole_layers(resolved, model_config)
+    config = build_engine_config(
+        resolved,
+        batch,
+        hidden_size=hidden_size_of(model_config.to_dict()),
+        whole_layer=whole_layers.numel,
+        device_type=device.type,
+    )
     if autos := [name for name, value in config.config["zero_optimization"].items() if value == "auto"]:
         raise ModelError(
             f'DeepSpeed\'s {", ".join(autos)} are "auto", which is computed from hidden_size, and a {model_config.model_type} '
@@ -94,11 +116,32 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, batch: BatchP
         model_config=model_config,
         data=data,
         attention=implementation,
+        whole_layers=whole_layers,
         plan=plan_steps(resolved, data.rows, batch),
     )
     for line in summary(prepared):
         report(line)
     return prepared
+
+
+def decide_whole_layers(resolved: Resolved, model_config: Any) -> WholeLayers:
+    """Which decoder layers ZeRO-3 gathers whole. The model is built without memory for its weights to find out."""
+    settings = resolved.settings
+    if zero_stage(resolved) != 3:
+        return WholeLayers(indices=(), numel=0, why="")
+    zero = resolved.deepspeed.find("zero_optimization")
+    if zero is not None and (reason := reason_against_whole_layers(zero.plain())) is not None:
+        return WholeLayers(indices=(), numel=0, why=reason)
+    return find_whole_layers(
+        meta_model(
+            model_config,
+            precision=settings.train.precision,
+            attention="eager",
+            trust_remote_code=settings.model.trust_remote_code,
+            gradient_checkpointing=False,
+            adapter=settings.adapter,
+        )
+    )
 
 
 def optimizer_name(prepared: Prepared) -> str:
@@ -117,11 +160,23 @@ def summary(prepared: Prepared) -> list[str]:
         f"engine: ZeRO-{zero_stage(prepared.resolved)}{kept}, {settings.train.precision}, "
         f"optimizer {optimizer_name(prepared)}, {prepared.launch.world_size} x {prepared.device.type} "
         f"started by {prepared.launch.launcher}",
+        *whole_layers_line(prepared),
         f"batch: {prepared.batch}",
         f"length: {length_of(plan, prepared.data)}",
         f"attention: {prepared.attention}; rows {'packed' if settings.data.packing else 'padded'} to {settings.data.seq_len}",
     ]
     return lines
+
+
+def whole_layers_line(prepared: Prepared) -> list[str]:
+    """What ZeRO-3 gathers at once; nothing at the other stages."""
+    if zero_stage(prepared.resolved) != 3:
+        return []
+    whole, total = prepared.whole_layers, prepared.model_config.get_text_config().num_hidden_layers
+    if not whole.indices:
+        return [f"gathering: module by module, since {whole.why}"]
+    rest = f"; not the others: {whole.why}" if whole.why else ""
+    return [f"gathering: {len(whole.indices)} of {total} decoder layers whole, up to {whole.numel:,} parameters at once{rest}"]
 
 
 def build(prepared: Prepared, report: Report) -> Engine:
@@ -137,9 +192,15 @@ def build(prepared: Prepared, report: Report) -> Engine:
             resize=settings.model.resize_vocabulary,
             gradient_checkpointing=settings.model.gradient_checkpointing,
             seed=settings.train.seed,
+            offload_activations=settings.model.offload_activations,
         )
         if settings.adapter:
-            model = add_lora(model, settings.adapter.lora, settings.train.seed)
+            sharded = zero_stage(prepared.resolved) == 3
+            model = add_adapter(model, settings.adapter, settings.train.seed, gather if sharded else None)
+    if prepared.whole_layers.indices:
+        found = decoder_layers(base_of(model))
+        assert found is not None  # the model without weights has them
+        gather_whole([found[2][index] for index in prepared.whole_layers.indices])
     loss = language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
     total, trained = parameter_counts(model)
     report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trained:,} of them trained; {loss}")
@@ -150,6 +211,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
         optimizer_kind=optimizer_kind(prepared.resolved, prepared.device.type),
         own_schedule=not uses_deepspeed_scheduler(prepared.resolved),
         train=settings.train,
+        lora_plus=settings.adapter.lora.learning_rate_ratio if settings.adapter and settings.adapter.lora else 1.0,
         max_steps=prepared.plan.max_steps,
         report=report,
     )
@@ -169,6 +231,27 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     """The model's parameters, and those of them that are trained; over all ranks where they are sharded."""
     counts = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
     return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+
+
+def speed_of(prepared: Prepared, engine: Engine, report: Report) -> Speed:
+    """What the run's use of the devices is measured against; what of it cannot be known is said where there is a GPU."""
+    settings, device = prepared.resolved.settings, prepared.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak, source = settings.monitor.peak_tflops and settings.monitor.peak_tflops * 1e12, "monitor.peak_tflops"
+    if peak is None and device.type == "cuda" and settings.train.precision != "fp32":
+        peak, source = peak_flops(name), f"the peak of one {name} in {settings.train.precision}"
+    wanted = peak or device.type == "cuda"
+    if other := uncounted(prepared.model_config, settings.data.seq_len):
+        if wanted:
+            report(f"MFU: not shown, for this model has {other}, whose operations are not counted")
+        return Speed()
+    if peak:
+        report(f"MFU: of {peak / 1e12:g} TFLOP/s, {source}")
+    elif wanted:
+        report(f"MFU: not shown, for the peak of a {name} in {settings.train.precision} is not known; set monitor.peak_tflops")
+    named = engine.model.named_parameters()
+    weights = ((name, getattr(each, "ds_numel", each.numel()), each.requires_grad) for name, each in named)
+    return Speed(model_flops(weights, prepared.model_config), peak)
 
 
 def construct(prepared: Prepared, report: Report) -> torch.nn.Module:

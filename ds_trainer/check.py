@@ -25,7 +25,9 @@ def check_rows(resolved: Resolved, world_size: int, device_type: str) -> tuple[l
         ArgumentsError: the batch arithmetic does not work out at this number of ranks.
     """
     batch = solve_run_batch(resolved, world_size)
-    engine = build_engine_config(resolved, batch, hidden_size=read_hidden_size(resolved), device_type=device_type)
+    engine = build_engine_config(
+        resolved, batch, hidden_size=read_hidden_size(resolved), whole_layer=None, device_type=device_type
+    )
     return setting_rows(resolved), engine_rows(resolved, engine), str(batch)
 
 

@@ -20,7 +20,7 @@ from ds_trainer.data.prepare import prepare_rows
 from ds_trainer.data.render import effective_chat_template
 from ds_trainer.errors import CheckpointError, ModelError, RefusedError
 from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_lora
+from ds_trainer.model.adapter import add_adapter
 from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.objectives.chunked_head import plain_nll_sum
 from ds_trainer.protocols import MicroBatch
@@ -53,8 +53,9 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RefusedError(f"--to {to}: exists and is not empty. Remove it, or write for example --to {to}-2.")
     settings = RunSettings.model_validate(found.manifest["settings"])
-    if merge and settings.adapter is None:
-        raise RefusedError(f"{run} trained all weights: there is no adapter to merge. Leave --merge out.")
+    lora = settings.adapter is not None and settings.adapter.lora is not None
+    if merge and not lora:
+        raise RefusedError(f"{run} trained the model's own weights: there is no adapter to merge. Leave --merge out.")
     precision = precision or settings.train.precision
     partial = to.parent / f".partial-{to.name}"
     try:
@@ -74,7 +75,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
             write(model.to(getattr(torch, DTYPES[precision])), settings, partial, precision)
             del model
         write_tokenizer(tokenizer, settings, partial)
-        reloaded = reload(partial, settings, adapter=settings.adapter is not None and not merge, precision=precision)
+        reloaded = reload(partial, settings, adapter=lora and not merge, precision=precision)
         verify(reloaded, tokenizer, found, settings, precision, report)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,7 +85,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     if to.exists():
         to.rmdir()
     partial.rename(to)
-    kind = "adapter" if settings.adapter and not merge else "model"
+    kind = "adapter" if lora and not merge else "model"
     report(f"the {kind} is in {to}; its loss on {found.manifest['probe']['rows']} rows agrees with the training engine's")
 
 
@@ -195,7 +196,7 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
         config = load.load_config(settings.model)
         model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa")
         grow_vocabulary(model, settings, tokenizer)
-        model = add_lora(model, settings.adapter.lora, settings.train.seed)
+        model = add_adapter(model, settings.adapter, settings.train.seed)
     reader = found.slices()
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     require_weights(reader, {name: parameter.shape for name, parameter in wanted.items()}, found)

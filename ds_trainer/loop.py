@@ -19,7 +19,7 @@ from ds_trainer import comm, faults, nonfinite, whereabouts
 from ds_trainer.errors import NonFiniteError
 from ds_trainer.nonfinite import NonFinite, SamplesOf
 from ds_trainer.protocols import ModelBatch
-from ds_trainer.state import TrainState, step_seed
+from ds_trainer.state import TrainState, seed_step
 
 logger = logging.getLogger("ds_trainer")
 
@@ -38,7 +38,9 @@ class TrainEngine(Protocol):
 class StepRecorder(Protocol):
     """What the loop needs of a recorder; `monitor.recorder.Recorder` is one."""
 
-    def step(self, *, step: int, loss: Tensor, num_tokens: int, num_targets: Tensor, outcome: Any) -> None: ...  # noqa: D102
+    def step(  # noqa: D102
+        self, *, step: int, loss: Tensor, window: list[ModelBatch], num_targets: Tensor, outcome: Any
+    ) -> None: ...
     def skipped_step(self, text: str, fields: dict[str, Any]) -> None: ...  # noqa: D102
     def evaluation(self, *, step: int, loss: float, num_targets: int) -> None: ...  # noqa: D102
 
@@ -98,7 +100,7 @@ def train(
         whereabouts.at("counting targets")
         faults.at_step(state.step + 1)
         faults.point("training")
-        torch.manual_seed(step_seed(plan.seed, state.step, comm.rank()))
+        seed_step(plan.seed, state.step, comm.rank(), engine.device)
         num_tokens = sum(batch.num_tokens for batch in window)
         counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens], device=engine.device)
         counts = comm.sum_over_ranks(counts)
@@ -116,7 +118,7 @@ def train(
         end = begin + plan.global_batch_size
         state.advance(rows_consumed=min(end, plan.total_rows or end), targets_and_tokens=counts)
         whereabouts.at("logging")
-        recorder.step(step=state.step, loss=loss, num_tokens=num_tokens, num_targets=num_targets, outcome=outcome)
+        recorder.step(step=state.step, loss=loss, window=window, num_targets=num_targets, outcome=outcome)
         if outcome.applied:
             state.skipped_in_a_row = 0
         else:  # on every rank alike

@@ -48,6 +48,13 @@ class ModelBatch:
     """The token to be predicted at each of them: (num_targets,) int64."""
     num_tokens: int
     """Positions that hold a token, so without padding."""
+    num_pairs: int
+    """Pairs (token, token it attends to) under full causal attention inside each document; a token attends to itself too."""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions the model computes, with padding where the layout has any."""
+        return int(self.inputs["input_ids"].numel())
 
     @property
     def num_targets(self) -> int:
@@ -64,4 +71,5 @@ class ModelBatch:
             target_positions=self.target_positions.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             num_tokens=self.num_tokens,
+            num_pairs=self.num_pairs,
         )

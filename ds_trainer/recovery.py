@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from ds_trainer import comm, faults, whereabouts
@@ -74,7 +75,9 @@ class Saving:
         prepared, engine = self._prepared, self._engine
         self.finish()
         rows = min(max(engine.data_parallel_size * prepared.batch.micro_batch_size, PROBE_ROWS[0]), PROBE_ROWS[1])
+        begun = time.monotonic()
         loss, num_targets = evaluate_rows(prepared, engine, prepared.data.probe_rows, rows)
+        probe_seconds = time.monotonic() - begun
         require_finite(loss, state.step)
         whereabouts.at("saving")
         lanes = {name: cursor for each in comm.gather_objects(self._windows.cursors) for name, cursor in each.items()}
@@ -95,7 +98,7 @@ class Saving:
         self.last_step = state.step
         if not self._saver.background:
             self._saver.wait()
-        self._recorder.stopped_for_save()
+        self._recorder.stopped_for_save(probe_seconds)
 
     def finish(self) -> None:
         """As `poll`, but waits for it."""
@@ -241,7 +244,8 @@ def optimization(prepared: Prepared) -> dict[str, Any]:
     """What decides the update besides the gradient: DeepSpeed restores it from the checkpoint, whatever the settings say."""
     train_settings = prepared.resolved.settings.train
     names = ("learning_rate", "schedule", "warmup_steps", "min_learning_rate", "weight_decay", "betas", "eps")
-    found = {name: getattr(train_settings, name) for name in names}
+    by_group = ("no_weight_decay", "layer_learning_rate_decay")
+    found = {name: getattr(train_settings, name) for name in (*names, *by_group)}
     if train_settings.schedule != "constant":
         found["max_steps"] = prepared.plan.max_steps  # the falling schedules end there
     return found

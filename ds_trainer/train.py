@@ -22,6 +22,7 @@ from ds_trainer.assemble import (
     parameter_counts,
     prepare,
     samples_fed,
+    speed_of,
 )
 from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import EXIT_REFUSED
@@ -97,6 +98,7 @@ def train(
             write_events=engine.write_events,
             data_waits=lambda: windows.waited_seconds,
             own_seconds=engine.own_seconds,
+            speed=speed_of(prepared, engine, progress.say),
         )
         saving = Saving(prepared, engine, folder, recorder, windows)
         first_step = state.step

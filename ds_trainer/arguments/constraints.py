@@ -16,6 +16,8 @@ from ds_trainer.arguments.sources import DEFAULT, Located
 from ds_trainer.errors import Problem
 
 DEFAULT_STAGE = 2
+ADAPTER_SHAPE = ("rank", "alpha", "target_modules", "rslora", "dora", "modules_to_save")
+"""Settings of `adapter.lora` that an existing adapter answers itself."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """What each precision holds the weights in, by torch's names."""
 
@@ -238,7 +240,52 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         lambda v: v.settings.adapter is not None and v.settings.model.config is not None,
         "an adapter on a base of random weights that is never trained cannot learn. "
         "Set model.path, or remove the section `adapter`.",
-        "LoRA freezes the base",
+        "the base stays frozen",
+    ),
+    Constraint(
+        "one_adapter",
+        "adapter",
+        lambda v: v.settings.adapter is not None and (v.settings.adapter.lora is None) == (v.settings.adapter.freeze is None),
+        "give one of adapter.lora and adapter.freeze, for example adapter.lora.rank=16 or adapter.freeze.last_layers=4; "
+        "what the run file says of the other goes away with adapter.lora=null or adapter.freeze=null.",
+        "one answer to what is trained",
+    ),
+    Constraint(
+        "freeze_trains_something",
+        "adapter.freeze",
+        lambda v: (
+            v.settings.adapter is not None
+            and v.settings.adapter.freeze is not None
+            and v.settings.adapter.freeze.last_layers is None
+            and not v.settings.adapter.freeze.train
+        ),
+        "nothing would be trained. Write for example adapter.freeze.last_layers=4, or patterns in adapter.freeze.train.",
+        "docs/adapters.md",
+    ),
+    Constraint(
+        "adapter_path_says_its_shape",
+        "adapter.lora.path",
+        lambda v: v.has("adapter.lora.path") and any(v.has(f"adapter.lora.{name}") for name in ADAPTER_SHAPE),
+        "the adapter at adapter.lora.path has its own adapter_config.json, which says its rank, alpha, targets and variant. "
+        "Remove these settings beside it: " + ", ".join(f"adapter.lora.{name}" for name in ADAPTER_SHAPE) + ".",
+        "peft, PeftConfig.from_pretrained",
+    ),
+    Constraint(
+        "rates_by_group_need_our_schedule",
+        "deepspeed.scheduler",
+        lambda v: (
+            v.schedule_block is not None
+            and (
+                v.settings.train.layer_learning_rate_decay != 1.0
+                or (
+                    (v.settings.adapter is not None and v.settings.adapter.lora is not None)
+                    and v.settings.adapter.lora.learning_rate_ratio != 1.0
+                )
+            )
+        ),
+        "DeepSpeed's schedules give every weight the same learning rate, and train.layer_learning_rate_decay or "
+        "adapter.lora.learning_rate_ratio asks for several. Remove the block `scheduler` and use train.schedule.",
+        f"{_DS_SOURCE} lr_schedules.py, update_lr",
     ),
     Constraint(
         "dtype_agrees_with_precision",
@@ -450,6 +497,14 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         lambda v: str(v.ds("checkpoint.tag_validation", "warn")).lower() not in ("warn", "ignore", "fail"),
         "checkpoint.tag_validation must be Warn, Ignore or Fail.",
         f"{_DS_SOURCE} runtime/config.py get_checkpoint_tag_validation_mode",
+    ),
+    Constraint(
+        "offload_activations_kept",
+        "model.offload_activations",
+        lambda v: v.settings.model.offload_activations and not v.settings.model.gradient_checkpointing,
+        "model.offload_activations: what goes to host memory are the inputs of layers that are computed again, and "
+        "model.gradient_checkpointing computes none. Set model.gradient_checkpointing: true, or remove it.",
+        "model/stack.py",
     ),
     Constraint(
         "removed_optimizer",

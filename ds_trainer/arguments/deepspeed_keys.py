@@ -54,8 +54,8 @@ SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR"
 """DeepSpeed's schedules that have a name in the run file; any other can be used through the JSON only."""
 
 AUTO_FROM_MODEL = {
-    "zero_optimization.reduce_bucket_size": "hidden_size x hidden_size",
-    "zero_optimization.stage3_prefetch_bucket_size": "0.9 x hidden_size x hidden_size",
+    "zero_optimization.reduce_bucket_size": "hidden_size x hidden_size, 4096 x 4096 at least",
+    "zero_optimization.stage3_prefetch_bucket_size": "0.9 x hidden_size x hidden_size, at least a layer that is gathered whole",
     "zero_optimization.stage3_param_persistence_threshold": "10 x hidden_size",
 }
 """Keys whose "auto" is computed from the model. Source of the formulas: transformers, `HfTrainerDeepSpeedConfig`."""

@@ -129,13 +129,41 @@ def uses_deepspeed_scheduler(resolved: Resolved) -> bool:
     return resolved.deepspeed.find("scheduler") is not None
 
 
-def build_engine_config(resolved: Resolved, batch: BatchPlan, *, hidden_size: int | None, device_type: str) -> EngineConfig:
+SMALLEST_BUCKET = 4096 * 4096
+"""Elements that are sent at once where sizes are "auto", at least: 32 MiB in bf16.
+
+hidden_size x hidden_size is about a matrix of the model. Below a width of 4096 that is a message too small to fill a network,
+of which a step sends hundreds: 896 wide, 500 M parameters would go out in 600 pieces of 1.5 MiB instead of 30 of 32 MiB.
+Source of the formula for larger ones: transformers, `HfTrainerDeepSpeedConfig`."""
+
+
+def reason_against_whole_layers(zero: Mapping[str, Any]) -> str | None:
+    """Why ZeRO-3 may not gather decoder layers whole under this block `zero_optimization`; None when it may."""
+    device = (zero.get("offload_param") or {}).get("device")
+    if device == "nvme":
+        return "offload_param has a buffer of host memory for each weight, and not for all of a layer at once"
+    if "leaf_module" in zero or zero.get("stage3_module_granularity_threshold") or zero.get("module_granularity_threshold"):
+        return "the DeepSpeed JSON says which modules are"
+    plus_plus = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "zenflow")
+    for name in plus_plus:
+        if zero.get(name):
+            return f"it has not been tried with {name}"
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        return "it has not been tried with zero_hpz_partition_size"
+    return None
+
+
+def build_engine_config(
+    resolved: Resolved, batch: BatchPlan, *, hidden_size: int | None, whole_layer: int | None, device_type: str
+) -> EngineConfig:
     """Fill in what DeepSpeed is handed.
 
     Args:
         resolved: the settings in force.
         batch: the solved batch arithmetic.
         hidden_size: width of the model, for the sizes that are "auto"; None leaves those "auto", for display only.
+        whole_layer: parameters of the largest decoder layer that ZeRO-3 may gather whole, 0 where there is none; None leaves
+            what depends on it "auto", for display only.
         device_type: `cuda` or `cpu`.
     """
     settings, config = resolved.settings, resolved.deepspeed.plain()
@@ -188,20 +216,24 @@ def build_engine_config(resolved: Resolved, batch: BatchPlan, *, hidden_size: in
 
     zero = config.setdefault("zero_optimization", {})
     zero.setdefault("stage", DEFAULT_STAGE)
-    formulas = {
-        "reduce_bucket_size": 1.0,
-        "stage3_prefetch_bucket_size": 0.9,
-        "stage3_param_persistence_threshold": 10.0,
-    }
-    for name, factor in formulas.items():
-        if zero.get(name) == "auto":
-            path = f"zero_optimization.{name}"
-            if hidden_size is None:
-                reasons[path] = f"{AUTO_FROM_MODEL[path]}, known when the model is loaded"
-                continue
-            width = hidden_size if name == "stage3_param_persistence_threshold" else hidden_size * hidden_size
-            zero[name] = int(factor * width)
-            reasons[path] = f"{AUTO_FROM_MODEL[path]}, hidden_size = {hidden_size}"
+    if reason_against_whole_layers(zero) is not None:
+        whole_layer = 0
+    for name in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
+        path = f"zero_optimization.{name}"
+        if zero.get(name) != "auto":
+            continue
+        if hidden_size is None or (name == "stage3_prefetch_bucket_size" and whole_layer is None and zero["stage"] == 3):
+            reasons[path] = f"{AUTO_FROM_MODEL[path]}; known when the model is loaded"
+            continue
+        square = hidden_size * hidden_size
+        reasons[path] = f"{AUTO_FROM_MODEL[path]}; hidden_size = {hidden_size}"
+        if name == "reduce_bucket_size":
+            zero[name] = max(square, SMALLEST_BUCKET)
+        elif name == "stage3_prefetch_bucket_size":
+            zero[name] = max(int(0.9 * square), whole_layer or 0)
+            reasons[path] += f", such a layer {whole_layer:,}" if whole_layer else ", no layer is gathered whole"
+        else:
+            zero[name] = 10 * hidden_size
     return EngineConfig(config=config, reasons=reasons)
 
 

@@ -16,6 +16,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
+Recompute = bool | Annotated[int, Field(ge=2)] | Literal["selective"]
+"""Which activations the backward pass computes again: none, those of every layer, of every n-th layer, the cheap ones."""
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, strict, no unknown keys; docstrings below fields become the JSON schema's descriptions."""
@@ -40,8 +43,11 @@ class ModelSection(Section):
     """The type the weights are held in while training; another word for `train.precision`, and must agree with it."""
     attention: NonEmptyText = "auto"
     """Attention implementation: `auto`, `documents` (ours, one call a document), `sdpa`, `eager`, `flash_attention_2`, ..."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more compute for much less memory."""
+    gradient_checkpointing: Recompute = False
+    """Recompute activations in the backward pass. `true`: of every layer, a third more compute for much less memory; a number
+    n: of every n-th layer; `selective`: keep results of linear layers and attention, recompute the rest: next to no compute."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed layers in host memory, for rows that are very long. Needs `gradient_checkpointing`."""
     resize_vocabulary: bool = False
     """Grow the embeddings when the tokenizer has more tokens than the model; otherwise that is an error."""
     chunked_loss: bool = True
@@ -51,6 +57,8 @@ class ModelSection(Section):
 class LoraSection(Section):
     """Low-rank adaptation: the base stays frozen, small matrices beside chosen linear layers are trained."""
 
+    path: NonEmptyText | None = None
+    """Folder of an adapter to go on from; its own config then says rank, alpha, targets and variant."""
     rank: PositiveInt = 16
     """Inner dimension of the added matrices."""
     alpha: Annotated[float, Field(gt=0.0)] = 32.0
@@ -59,13 +67,32 @@ class LoraSection(Section):
     """Dropout on the input of the added matrices."""
     target_modules: Literal["all-linear"] | Annotated[list[NonEmptyText], Field(min_length=1)] = "all-linear"
     """Names (or ends of names) of the linear layers that get an adapter; `all-linear` takes all but the head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that a higher rank does not learn more slowly."""
+    dora: bool = False
+    """Train the length of each weight's columns apart from their direction: more like full fine-tuning, and slower."""
+    learning_rate_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    """LoRA+: the learning rate of the second matrix (B) is that of the first times this; its authors use 16."""
+    modules_to_save: list[NonEmptyText] = []
+    """Names (or ends of names) of modules that are trained whole beside the adapter, such as `embed_tokens` and `lm_head`."""
+
+
+class FreezeSection(Section):
+    """Some of the model's own weights are trained, the others stay as they are."""
+
+    last_layers: PositiveInt | None = None
+    """The last so many decoder layers are trained."""
+    train: list[NonEmptyText] = []
+    """Weights that are trained (too), as patterns over their names, such as `*.mlp.*` or `lm_head.*`."""
 
 
 class AdapterSection(Section):
-    """What is trained instead of all weights. Without this section all weights are trained."""
+    """What is trained instead of all weights: give one of these. Without this section all weights are trained."""
 
-    lora: LoraSection
+    lora: LoraSection | None = None
     """Low-rank adaptation."""
+    freeze: FreezeSection | None = None
+    """A part of the weights."""
 
 
 class Source(Section):
@@ -145,6 +172,10 @@ class TrainSection(Section):
     """Where `linear` and `cosine` end."""
     weight_decay: NonNegativeFloat = 0.01
     """Decay of matrices; norms and biases never decay."""
+    no_weight_decay: list[NonEmptyText] = []
+    """Weights that do not decay either, as patterns over their names, such as `*embed_tokens*`."""
+    layer_learning_rate_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each layer learns at the rate of the one above it times this, the embeddings last; 1 is one rate for all."""
     betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's two decay rates."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
@@ -215,6 +246,8 @@ class MonitorSection(Section):
 
     log_every_steps: PositiveInt = 10
     """Optimizer steps between two lines of metrics."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """10^12 operations a second of one device at most, in `train.precision`: what MFU is a share of. Known for common GPUs."""
     tensorboard: dict[str, Any] | None = None
     """DeepSpeed's `tensorboard` block."""
     wandb: dict[str, Any] | None = None

@@ -3,7 +3,7 @@
     checkpoints/
       latest                      name of the newest complete checkpoint
       step_00000100/              complete: only a finished one ever gets this name
-        manifest.json             state of the run, and size and SHA-256 of every other file
+        manifest.json             state of the run, and size and hash of every other file
         rank_00000.safetensors    what each rank held of weights and optimizer states
       .partial-step_00000200/     being written, or left by a killed run: never read
       aside_1_step_00000300/      beyond the step a later start went on from: damaged or abandoned, never read
@@ -17,9 +17,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from ds_trainer import faults
 
@@ -27,8 +29,12 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial-"
 REMOVED = ".removed-"
-FORMAT = 2
-"""Version of the manifest; a later program reads older ones or refuses them by this number."""
+FORMAT = 3
+"""Version of the manifest; a later program reads older ones or refuses them by this number. Format 2 had SHA-256 for XXH3."""
+HASH = "xxh3_128"
+"""What the content of files is known again by. It has to find what a disk or a copy damaged, not to withstand an attacker, who
+would write a new manifest as well: so it may be one that runs at the speed of memory. Source: https://xxhash.com"""
+HASHES: dict[str, Callable[[], Any]] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 _OWN_HASH = "sha256_of_the_rest"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -63,13 +69,6 @@ def leftovers(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.name.startswith((PARTIAL, REMOVED)))
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        sha = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": sha}
 
 
 def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
@@ -112,8 +111,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError("has no manifest.json") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"its manifest.json cannot be read ({error})") from None
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise ValueError(f"its manifest.json is not of format {FORMAT}, the one this version reads")
+    if not isinstance(fields, dict) or fields.get("format") not in (2, FORMAT):
+        raise ValueError(f"its manifest.json is not of format 2 or {FORMAT}, which this version reads")
     if fields.pop(_OWN_HASH, None) != _hash_of(fields):
         raise ValueError("its manifest.json does not have the content that was written")
     return fields
@@ -125,7 +124,7 @@ def damage(checkpoint: Path, files: Iterable[str], expected: dict[str, Any]) -> 
     Args:
         checkpoint: the checkpoint's folder.
         files: names below it, a part of `expected`'s.
-        expected: size and SHA-256 by name, from the manifest.
+        expected: size and hash by name, from the manifest.
     """
     for name in files:
         path = checkpoint / name
@@ -133,7 +132,10 @@ def damage(checkpoint: Path, files: Iterable[str], expected: dict[str, Any]) -> 
             return f"{name} is missing"
         if path.stat().st_size != expected[name]["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected[name]['bytes']}"
-        if digest(path)["sha256"] != expected[name]["sha256"]:
+        (kind,) = expected[name].keys() & HASHES
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, HASHES[kind]).hexdigest()
+        if found != expected[name][kind]:
             return f"{name} does not have the content that was written"
     return None
 

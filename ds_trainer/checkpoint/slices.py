@@ -7,12 +7,10 @@ Source of the file format: https://huggingface.co/docs/safetensors, "Format".
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ds_trainer import faults
+from ds_trainer.checkpoint.layout import HASH, HASHES
 
 SliceKey = tuple[str, str, int]
 """(parameter, kind, start): `kind` says what of the parameter, `start` where in its flattened elements the slice begins."""
@@ -37,7 +36,7 @@ def file_name(rank: int) -> str:
 def write_slices(path: Path, slices: Mapping[SliceKey, Tensor], moved: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Write a safetensors file through to the disk.
 
-    The library would hold every byte a second time and hash nothing; here another thread hashes what is being written.
+    The library would hold every byte a second time and hash nothing.
 
     Args:
         path: the file.
@@ -45,7 +44,7 @@ def write_slices(path: Path, slices: Mapping[SliceKey, Tensor], moved: Callable[
         moved: called whenever a few MiB were written.
 
     Returns:
-        Size in bytes and SHA-256, as in a manifest.
+        Size in bytes and hash, as in a manifest.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -54,19 +53,16 @@ def write_slices(path: Path, slices: Mapping[SliceKey, Tensor], moved: Callable[
         header[_join(key)] = {"dtype": _DTYPES[value.dtype], "shape": [value.numel()], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    sha = hashlib.sha256()
-    hashed = []
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+    content = HASHES[HASH]()
+    with path.open("wb", buffering=0) as file:
         for chunk in _chunks(len(text).to_bytes(8, "little") + text, slices.values()):
-            hashed.append(hasher.submit(sha.update, chunk))
+            content.update(chunk)
             _write(file, chunk)
             moved()
             faults.point("save_half_written")
         faults.point("save_before_fsync")
         os.fsync(file.fileno())
-        for each in hashed:
-            each.result()
-        return {"bytes": file.tell(), "sha256": sha.hexdigest()}
+        return {"bytes": file.tell(), HASH: content.hexdigest()}
 
 
 def _write(file: FileIO, chunk: memoryview) -> None:

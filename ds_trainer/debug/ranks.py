@@ -18,7 +18,7 @@ from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.debug.culprit import Looks, Place, watched
 from ds_trainer.engine.wrapper import Engine, StepOutcome
 from ds_trainer.protocols import ModelBatch
-from ds_trainer.state import TrainState, step_seed
+from ds_trainer.state import TrainState, seed_step
 
 
 def accumulated(batch: BatchPlan) -> BatchPlan:
@@ -109,7 +109,7 @@ class AsRanks:
         """Inside, random numbers are those of a rank: they go on where its last micro-batch has left them."""
         gpus = [self.device] if self.device.type == "cuda" else []
         if first:
-            torch.manual_seed(step_seed(self._seed, self.state.step, rank))
+            seed_step(self._seed, self.state.step, rank, self.device)
         else:
             host, *devices = self._random[rank]
             torch.set_rng_state(host)

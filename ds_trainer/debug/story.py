@@ -18,7 +18,7 @@ from ds_trainer import comm, loop
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.engine_config import solve_run_batch
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.assemble import Prepared, arranged_windows, build, parameter_counts, prepare
+from ds_trainer.assemble import Prepared, arranged_windows, build, parameter_counts, prepare, speed_of
 from ds_trainer.checkpoint.layout import complete_checkpoints, read_manifest
 from ds_trainer.debug.asked import Asked, require_rank, require_step
 from ds_trainer.debug.culprit import Looks
@@ -132,6 +132,7 @@ def debug(
             write_events=lambda events: None,
             data_waits=lambda: windows.waited_seconds,
             own_seconds=engine.own_seconds,
+            speed=speed_of(prepared, engine, say),
         )
         with progress.bar(state.step, end):
             loop.train(

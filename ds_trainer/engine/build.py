@@ -76,8 +76,12 @@ def _freed_memory_given_back() -> Iterator[None]:
     Every weight is made whole for a moment and freed as soon as it is sharded. glibc would keep those blocks between the
     shards that stay, so that a process holds as much as if it had never sharded (measured: 440 MiB for a model of 376 on two
     ranks, 212 with this). Source: mallopt(3), M_MMAP_THRESHOLD.
+
+    Once set, the thresholds no longer move by themselves, so at the end both get the values they would have moved to. With the
+    initial M_TRIM_THRESHOLD of 128 KiB every step would give its memory back to the system and take it again page by page.
     """
     m_mmap_threshold, small, usual = -3, 1 << 20, 32 << 20  # 32 MiB is where glibc's own moving threshold ends up
+    m_trim_threshold = -1
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # not glibc
         yield
@@ -87,6 +91,7 @@ def _freed_memory_given_back() -> Iterator[None]:
         yield
     finally:
         libc.mallopt(m_mmap_threshold, usual)
+        libc.mallopt(m_trim_threshold, 2 * usual)  # as glibc does: malloc/malloc.c, `__libc_free`
         libc.malloc_trim(0)
 
 
@@ -96,6 +101,39 @@ def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
     return context
+
+
+def gather_whole(layers: list[nn.Module]) -> None:
+    """Have ZeRO-3 gather each of these modules with all it contains at once (what DeepSpeed calls a leaf module).
+
+    DeepSpeed then takes a layer's gradients together, from a backward hook of the layer, and puts zeros for one that is not
+    there. Which layers that is right for is decided before, by `model.layers.whole_layers`; here the first backward pass of
+    each is checked, so that an error in that decision ends the run instead of training on wrong gradients.
+
+    Args:
+        layers: before `build_engine`.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+        trained = [each for each in layer.parameters() if each.requires_grad]
+        if trained:
+            _check_first_gradients(layer, trained)
+
+
+def _check_first_gradients(layer: nn.Module, trained: list[nn.Parameter]) -> None:
+    def check(*_: Any) -> None:
+        handle.remove()
+        if any(each.grad is None for each in trained):
+            raise ModelError(
+                f"a {type(layer).__name__} is gathered whole under ZeRO-3, and its gradients were not complete when its "
+                "backward pass had ended. Have its modules gathered one by one: "
+                '"leaf_module": {"classes": []} in zero_optimization.'
+            )
+
+    # Registered before DeepSpeed's own hook, so it is called before it.
+    handle = layer.register_full_backward_hook(check)
 
 
 def build_engine(
@@ -108,6 +146,7 @@ def build_engine(
     train: TrainSection,
     max_steps: int,
     report: Callable[[str], None],
+    lora_plus: float = 1.0,
 ) -> Engine:
     """Wrap the model in a DeepSpeed engine. Collective.
 
@@ -120,6 +159,7 @@ def build_engine(
         train: learning rate, decay, schedule.
         max_steps: optimizer steps of the whole run.
         report: takes a line for the user.
+        lora_plus: learning rate of LoRA's second matrices as a multiple of the others'.
 
     Raises:
         BuildError: an op must be compiled and cannot be.
@@ -131,10 +171,10 @@ def build_engine(
         if (zero.get(what) or {}).get("device") == "nvme":
             build_op("async_io", report)
             break
-    optimizer = build_optimizer(optimizer_kind, model, train, report)
+    optimizer = build_optimizer(optimizer_kind, model, train, lora_plus, report)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=None if optimizer is not None else parameter_groups(model, train.weight_decay),
+        model_parameters=None if optimizer is not None else parameter_groups(model, train, lora_plus),
         optimizer=optimizer,
         lr_scheduler=build_schedule(train, max_steps) if own_schedule else None,
         config=config,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,27 +17,71 @@ from ds_trainer.engine.schedule import learning_rate_factor
 from ds_trainer.errors import ModelError
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: matrices decay, vectors (norms, biases) do not.
+def parameter_groups(model: nn.Module, train: TrainSection, lora_plus: float = 1.0) -> list[dict[str, Any]]:
+    """The trainable parameters by decay and learning rate.
+
+    Matrices decay, vectors (norms, biases) and what `train.no_weight_decay` names do not. With
+    `train.layer_learning_rate_decay` each layer learns at the rate of the one above it times that; what comes before the layers
+    (embeddings) once more below the first, what comes after them (norm, head) as the last one. Source: Howard and Ruder 2018,
+    "ULMFiT", section 3.2. With LoRA+ the second matrices learn at `lora_plus` times the rate of the first. Source: Hayou et al.
+    2024, "LoRA+", section 4.
+
+    Returns:
+        Groups for an optimizer; the first one decays and has the highest rate of those that LoRA+ leaves alone.
 
     Raises:
-        ModelError: nothing is trainable.
+        ModelError: nothing is trainable, or a pattern matches nothing that is.
     """
-    decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # Under ZeRO-3 a sharded parameter is flat or empty; `ds_shape` is its true shape.
-            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            (decay if dimensions >= 2 else keep).append(parameter)
-    if not decay and not keep:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
         raise ModelError("no parameter of the model is trainable; check the section `adapter`.")
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    for pattern in train.no_weight_decay:
+        if not any(fnmatchcase(name, pattern) for name in trained):
+            raise ModelError(
+                f"train.no_weight_decay: {pattern} matches no weight that is trained. They have names such as "
+                f"{', '.join(list(trained)[:3])}."
+            )
+    below = layers_below_the_last([name for name, _ in model.named_parameters()])
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        factor = train.layer_learning_rate_decay ** below[name] * (lora_plus if ".lora_B." in name else 1.0)
+        # Under ZeRO-3 a sharded parameter is flat or empty; `ds_shape` is its true shape.
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        decays = is_matrix and not any(fnmatchcase(name, pattern) for pattern in train.no_weight_decay)
+        groups.setdefault((factor, decays), []).append(parameter)
+
+    def place(key: tuple[float, bool]) -> tuple[bool, float, bool]:
+        factor, decays = key
+        return factor > 1.0, -factor, not decays
+
+    return [
+        {
+            "params": groups[key],
+            "weight_decay": train.weight_decay if key[1] else 0.0,
+            **({"lr": train.learning_rate * key[0]} if key[0] != 1.0 else {}),
+        }
+        for key in sorted(groups, key=place)
+    ]
+
+
+def layers_below_the_last(names: list[str]) -> dict[str, int]:
+    """How many layers each weight is below the last: 0 for those of the last layer and what comes after the layers.
+
+    The first number in a name is that of its layer.
+    """
+    layers = {name: int(found[1]) for name in names if (found := _LAYER.search(name))}
+    last = max(layers.values(), default=-1)
+    first = next((place for place, name in enumerate(names) if name in layers), 0)
+    return {
+        name: last - layers[name] if name in layers else last + 1 if place < first else 0 for place, name in enumerate(names)
+    }
+
+
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def build_optimizer(
-    kind: OptimizerKind, model: nn.Module, train: TrainSection, report: Callable[[str], None]
+    kind: OptimizerKind, model: nn.Module, train: TrainSection, lora_plus: float, report: Callable[[str], None]
 ) -> torch.optim.Optimizer | None:
     """Build AdamW over the trainable parameters; None when DeepSpeed builds the optimizer itself.
 
@@ -44,7 +90,7 @@ def build_optimizer(
     """
     if kind == "deepspeed":
         return None
-    groups = parameter_groups(model, train.weight_decay)
+    groups = parameter_groups(model, train, lora_plus)
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": tuple(train.betas), "eps": train.eps}
     if kind == "torch_adamw":
         return torch.optim.AdamW(groups, fused=True, **options)

@@ -45,6 +45,7 @@ class Engine:
         self._objective = objective
         self._boundary = False
         self._begins = True
+        self._trains = False
         self._pace = Pace(deepspeed_engine.module, deepspeed_engine.device)
         self._copies: dict[tuple[int, str], Tensor] = {}
         self.data_parallel_size: int = deepspeed_engine.dp_world_size
@@ -57,9 +58,23 @@ class Engine:
         return module
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Call the model as the objective does."""
+        """Call the model before the first step, without gradients."""
         output: Tensor = self._engine(**inputs)
+        self._forget_passes()
         return output
+
+    def _forget_passes(self) -> None:
+        """After a forward without a backward that came before the first step: ZeRO-3 must not take it for a step.
+
+        DeepSpeed 0.19.8 learns from a whole pass in what order modules run and which weights to release after each of them.
+        The latter it never learns anew (`lru_cache` of `__params_to_release`, runtime/zero/partitioned_param_coordinator.py):
+        from a forward alone it learns to release what every backward would then have to gather again.
+        """
+        offload = None if self._trains else getattr(self._engine.optimizer, "parameter_offload", None)
+        if offload is not None:
+            coordinator = offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
     def micro_step(self, batch: ModelBatch, num_targets: Tensor) -> Tensor:
         """One forward and backward.
@@ -76,7 +91,7 @@ class Engine:
         """
         with self._pace.measured() if self._begins else nullcontext():
             nll_sum = self._objective(self._engine, batch)
-        self._begins = False
+        self._begins, self._trains = False, True
         # 0 for a finite loss, NaN for any other: then all gradients are NaN, and DeepSpeed's own check before the update covers
         # the loss too, on all ranks and without another wait for the device.
         spoiled = 0.0 * nll_sum.detach()
@@ -113,7 +128,9 @@ class Engine:
     def evaluate(self, batch: ModelBatch) -> Tensor:
         """Sum of the loss over a batch's targets, without gradients; call it after `train_mode(False)`."""
         with torch.no_grad():
-            return self._objective(self._engine, batch)
+            nll_sum = self._objective(self._engine, batch)
+        self._forget_passes()
+        return nll_sum
 
     def train_mode(self, on: bool) -> None:
         """Switch dropout and the like on for training, off for evaluation."""

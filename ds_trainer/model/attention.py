@@ -151,6 +151,7 @@ def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> Mod
         target_positions=pinned(target_positions),
         targets=pinned(targets),
         num_tokens=batch.num_tokens,
+        num_pairs=int((batch.position_ids + 1)[batch.is_token].sum()),
     )
 
 

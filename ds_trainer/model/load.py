@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ds_trainer.arguments.constraints import DTYPES
-from ds_trainer.arguments.schema import ModelSection
+from ds_trainer.arguments.schema import ModelSection, Recompute
 from ds_trainer.errors import ModelError
+from ds_trainer.model.stack import recompute_activations
 from ds_trainer.model.tokenizer import first_line, require_folder
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -202,21 +203,26 @@ def has_converted_weights(section: ModelSection) -> bool:
     return bool(get_checkpoint_conversion_mapping(load_config(section).model_type))
 
 
-def finish_model(model: Any, *, tokens: int, resize: bool, gradient_checkpointing: bool, seed: int) -> None:
+def finish_model(
+    model: Any, *, tokens: int, resize: bool, gradient_checkpointing: Recompute, seed: int, offload_activations: bool = False
+) -> None:
     """Grow the vocabulary and switch checkpointing on, where asked. Collective under ZeRO-3: every rank.
 
     Args:
         model: a transformers model.
         tokens: size of the tokenizer's vocabulary.
         resize: grow the embeddings to it if they are smaller.
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: which activations the backward pass computes again.
         seed: `train.seed`; new rows are drawn from it.
+        offload_activations: keep the inputs of layers that are computed again in host memory.
+
+    Raises:
+        ModelError: `recompute_activations` cannot do what was asked with this model.
     """
     if resize and tokens > model.config.get_text_config().vocab_size:
         torch.manual_seed(seed)
         model.resize_token_embeddings(tokens, mean_resizing=False)
     if gradient_checkpointing:
-        # Re-entrant checkpointing needs an input that requires gradients, which a frozen base does not have.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model, gradient_checkpointing, offload=offload_activations)
     model.config.use_cache = False
     model.train()

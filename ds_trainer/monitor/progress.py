@@ -56,12 +56,14 @@ class Progress:
         skipped = f"  {fields['skipped_steps']} steps skipped" if fields["skipped_steps"] else ""
         waits = fields["data_wait_fraction"]
         waiting = f"  {waits:.0%} waiting for data" if waits >= 0.02 else ""
+        padding = f"  {fields['padding_fraction']:.0%} padding" if fields["padding_fraction"] >= 0.02 else ""
+        utilized = "" if fields["mfu"] is None else f"  MFU {fields['mfu']:.1%}"
         held_up = f"  SLOW: {'; '.join(slow)}" if slow else ""
         left = f"{clock(seconds_left)} left"
         self.console.print(
             f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {fields['loss']:.4f}  "
-            f"lr {fields['learning_rate']:.2e}{norm}  {quantity(fields['tokens_per_second'])} tok/s  {seconds} s/step  "
-            f"{fields['peak_memory_gib']:.1f} GiB  {left}{skipped}{waiting}{held_up}",
+            f"lr {fields['learning_rate']:.2e}{norm}  {quantity(fields['tokens_per_second'])} tok/s{utilized}  "
+            f"{seconds} s/step  {fields['peak_memory_gib']:.1f} GiB  {left}{skipped}{padding}{waiting}{held_up}",
             markup=False,
         )
         if self._bar is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -12,10 +13,28 @@ import torch
 from torch import Tensor
 
 from ds_trainer import comm
-from ds_trainer.monitor.metrics import perplexity, remaining_seconds
+from ds_trainer.monitor.metrics import ModelFlops, perplexity, remaining_seconds
 from ds_trainer.monitor.progress import Progress
 from ds_trainer.monitor.ranks import RankPace, by_rank, find_stragglers
 from ds_trainer.monitor.run_folder import RunFolder, Stopwatch, peak_memory_gib
+from ds_trainer.protocols import ModelBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What is needed to say how much of the devices a run uses."""
+
+    flops: ModelFlops | None = None
+    """None where the model's operations cannot be counted."""
+    peak_flops: float | None = None
+    """Operations a second of one device at most; None where that is not known."""
+
+    def fields(self, tokens: float, pairs: float, seconds: float, ranks: int) -> dict[str, float | None]:
+        """Operations a second on each rank, and their share of the peak: model FLOPs utilization (PaLM, appendix B)."""
+        achieved = None if self.flops is None else self.flops.of(tokens, pairs) / seconds / ranks
+        utilized = None if achieved is None or self.peak_flops is None else achieved / self.peak_flops
+        return {"tflops_per_rank": None if achieved is None else achieved / 1e12, "mfu": utilized}
+
 
 FEWEST_STEPS = 8
 """Steps over which a rank must be slow before it is called a straggler."""
@@ -36,6 +55,7 @@ class Recorder:
         write_events: Callable[[Events], None],
         data_waits: Callable[[], float],
         own_seconds: Callable[[], list[float]],
+        speed: Speed,
     ) -> None:
         self.folder = folder
         self.progress = progress
@@ -45,12 +65,13 @@ class Recorder:
         self.write_events = write_events
         self.data_waits = data_waits
         self.own_seconds = own_seconds
+        self.speed = speed
         self._waited = 0.0
         # Of more steps than one, also where every step is logged: one slow step makes no straggler.
         self._waits: deque[float] = deque(maxlen=max(every_steps, FEWEST_STEPS))
         self._forwards: deque[float] = deque(maxlen=max(every_steps, FEWEST_STEPS))
         self._named: set[tuple[int, str]] = set()
-        self._stall = 0.0
+        self._stall: dict[str, float] = {}
         self.last_loss: float | None = None
         self.skipped = 0
         self._last: tuple[int, Any] = 0, None
@@ -59,15 +80,16 @@ class Recorder:
 
     def _reset(self) -> None:
         self._losses: list[Tensor] = []
-        self._tokens = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._targets: list[Tensor] = []
+        self._tokens = self._positions = self._pairs = 0
 
-    def step(self, *, step: int, loss: Tensor, num_tokens: int, num_targets: Tensor, outcome: Any) -> None:
+    def step(self, *, step: int, loss: Tensor, window: list[ModelBatch], num_targets: Tensor, outcome: Any) -> None:
         """Take one optimizer step in. Collective when the step is a log step.
 
         Args:
             step: optimizer steps that are complete now.
             loss: this rank's share of the loss of the step, on the device.
-            num_tokens: tokens this rank fed.
+            window: the micro-batches this rank fed.
             num_targets: targets over all ranks, on the device.
             outcome: what the engine's `end_step` returned.
         """
@@ -75,8 +97,10 @@ class Recorder:
         self._waits.append(waited - self._waited)
         self._waited = waited
         self._losses.append(loss)
-        self._tokens[0] += num_tokens
-        self._tokens[1] += num_targets / comm.world_size()
+        self._targets.append(num_targets)
+        self._tokens += sum(batch.num_tokens for batch in window)
+        self._positions += sum(batch.num_positions for batch in window)
+        self._pairs += sum(batch.num_pairs for batch in window)
         self.skipped += not outcome.applied
         self._last = step, outcome
         due = step % self.every_steps == 0 or step == self.max_steps or step == 1
@@ -92,8 +116,10 @@ class Recorder:
 
     def _log(self, step: int, outcome: Any) -> None:
         shares = torch.stack(self._losses).to(torch.float64)
-        sums = comm.sum_over_ranks(torch.cat([shares, self._tokens])).tolist()
-        *losses, tokens, targets = sums
+        fed = torch.tensor([self._tokens, self._positions, self._pairs], dtype=torch.float64, device=self.device)
+        targets_here = torch.stack(self._targets).sum().to(torch.float64) / comm.world_size()  # each is of all ranks already
+        sums = comm.sum_over_ranks(torch.cat([shares, fed, targets_here[None]]))
+        *losses, tokens, positions, pairs, targets = sums.tolist()
         # After the collective, so that it holds the wait for the device and for slower ranks too.
         seconds = self._watch.lap()
         self._forwards.extend(self.own_seconds())
@@ -119,6 +145,8 @@ class Recorder:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "tokens_per_second": tokens / seconds,
             "targets_per_second": targets / seconds,
+            "padding_fraction": 1 - tokens / positions,
+            **self.speed.fields(tokens, pairs, seconds, comm.world_size()),
             "step_seconds": max(per_step),
             "step_seconds_fastest_rank": min(per_step),
             "data_wait_fraction": max(each.data_wait_seconds / each.step_seconds for each in ranks),
@@ -136,7 +164,7 @@ class Recorder:
             self._named = {(each.rank, each.what) for each in stragglers}
             left = remaining_seconds(self.max_steps - step, max(per_step))
             self.progress.line(step, fields, left, slow=[str(each) for each in stragglers])
-            names = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+            names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
             self.write_events([(f"train/{name}", fields[name], step) for name in names if fields[name] is not None])
         self._reset()
 
@@ -162,14 +190,14 @@ class Recorder:
             self.write_events([("evaluate/loss", loss, step)])
         self._watch.lap()
 
-    def stopped_for_save(self) -> None:
-        """Take in how long training stood still for the checkpoint that is being written."""
-        self._stall = self._watch.lap()
+    def stopped_for_save(self, probe_seconds: float) -> None:
+        """Take in how long training stood still for the checkpoint that is being written, and how much of it for its probe."""
+        self._stall = {"stall_seconds": round(self._watch.lap(), 3), "probe_seconds": round(probe_seconds, 3)}
 
     def saved(self, *, step: int, path: str, num_bytes: int, seconds: float, untidy: str | None) -> None:
         """Take a complete checkpoint in."""
         if comm.rank() == 0:
-            fields = {"bytes": num_bytes, "seconds": round(seconds, 3), "stall_seconds": round(self._stall, 3)}
+            fields = {"bytes": num_bytes, "seconds": round(seconds, 3), **self._stall}
             self.folder.event("saved", step=step, path=path, **fields)
             self.progress.say(f"step {step}: saved {path}")
             if untidy is not None:

@@ -38,6 +38,8 @@ def attach(model: Any, *, chunked: bool) -> str:
         ModelError: the model has no head or body that can be called by itself.
     """
     head, body = model.get_output_embeddings(), model.base_model
+    if hasattr(head, "modules_to_save"):  # an adapter trains a copy of the head: peft 0.21, utils/other.py
+        head = head.modules_to_save["default"]
     if head is None or body is model:
         raise ModelError(f"{type(model).__name__} has no separate head; only causal language models can be trained.")
     text = model.config.get_text_config()

@@ -105,6 +105,11 @@ def single_changes(batch: BatchPlan, holding: Holding) -> Iterator[Candidate]:
         )
     if not holding.gradient_checkpointing:
         yield Candidate(
+            settings=("model.gradient_checkpointing=selective",),
+            words="cheap activations are computed again: next to no compute",
+        )
+    if holding.gradient_checkpointing is not True:
+        yield Candidate(
             settings=("model.gradient_checkpointing=true",), words="activations are computed again: a third more compute"
         )
     if holding.stage < 3 and holding.ranks > 1:

@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_trainer.arguments.batch import BatchPlan
-from ds_trainer.arguments.engine_config import EngineConfig, offload_device, written_optimizer, zero_stage
+from ds_trainer.arguments.engine_config import (
+    EngineConfig,
+    offload_device,
+    reason_against_whole_layers,
+    written_optimizer,
+    zero_stage,
+)
 from ds_trainer.arguments.merge import Resolved
+from ds_trainer.arguments.schema import Recompute
 
 TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MOMENTS = {"adam": 8, "adamw": 8, "lamb": 8, "fusedlamb": 8, "lion": 4, "adagrad": 4, "sgd": 0, "muon": 4}
@@ -40,7 +47,7 @@ class Holding:
     pin_weights: bool
     accumulation: int
     """Micro-steps of an optimizer step."""
-    gradient_checkpointing: bool
+    gradient_checkpointing: Recompute
     reduce_bucket: int
     """Elements, as the sizes below."""
     overlap_comm: bool
@@ -48,6 +55,8 @@ class Holding:
     """Below stage 3: a bucket is all-reduced even where one rank owns its gradients."""
     contiguous_gradients: bool
     prefetch_bucket: int
+    whole_layers: bool
+    """Stage 3 gathers decoder layers whole, where the model allows it."""
     persistence_threshold: int
     max_reuse_distance: int
     sub_group: int
@@ -99,6 +108,7 @@ def holding_of(resolved: Resolved, engine: EngineConfig, batch: BatchPlan, *, ra
         reduces_to_all=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
         contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
         prefetch_bucket=_count(zero, "stage3_prefetch_bucket_size", 50_000_000),
+        whole_layers=stage == 3 and reason_against_whole_layers(zero) is None,
         persistence_threshold=_count(zero, "stage3_param_persistence_threshold", 100_000),
         max_reuse_distance=_count(zero, "stage3_max_reuse_distance", 1_000_000_000),
         sub_group=_count(zero, "sub_group_size", 1_000_000_000),

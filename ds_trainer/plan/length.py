@@ -62,19 +62,11 @@ def _counted_rows(resolved: Resolved) -> tuple[int, float] | None:
 
 
 def flops_per_step(shape: Shape, *, positions: float, seq_len: int) -> float:
-    """Floating-point operations of the model for one step, forward and backward; computing activations anew does not count.
-
-    Source: Kaplan et al. 2020, section 2.1 (2 a parameter and token forward, twice that backward, of which a frozen parameter
-    saves the half that is its own gradient), and Chowdhery et al. 2022, "PaLM", appendix B (12 x layers x hidden_size x seq_len
-    a token for the attention; half of it here, since it is causal). Embeddings are looked up, not multiplied.
+    """Floating-point operations of the model for one step, as `monitor.metrics.model_flops` counts them.
 
     Args:
         shape: the model.
         positions: of one step, over all ranks.
-        seq_len: of a row; packed documents are shorter, so that the attention takes less.
+        seq_len: of a row; each is taken for one document. Packed ones are shorter, so that their attention takes less.
     """
-    tied = not any("lm_head" in each.name for each in shape.weights)
-    multiplied = [each for each in shape.weights if tied or "embed" not in each.name]
-    dense = sum(each.numel * (6 if each.trained else 4) for each in multiplied)
-    attention = 6 * shape.num_layers * shape.hidden_size * seq_len
-    return float(positions * (dense + attention))
+    return shape.flops.of(positions, positions * seq_len / 2)

@@ -214,9 +214,9 @@ def _stage3(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tupl
     backward = {
         **static,
         "gathered weights": float(width * live_parameters(shape, holding)),
-        "weights on their way (prefetch, gather)": width * (holding.prefetch_bucket + shape.largest_module)
+        "weights on their way (prefetch, gather)": width * (holding.prefetch_bucket + gathered_at_once(shape, holding))
         if not holding.on_cpu
-        else _copied_by_gloo(holding, width * largest),
+        else _copied_by_gloo(holding, width * max(largest, gathered_at_once(shape, holding))),
         "activations": step.total,
         "attention mask": mask,
         # reduce_scatter_coalesced concatenates a bucket's gradients; gloo copies them once more
@@ -260,11 +260,18 @@ def live_parameters(shape: Shape, holding: Holding) -> int:
     A module's weights are released after it unless one of the next `stage3_max_reuse_distance` elements of the trace is theirs
     ([coordinator] __params_to_release). From a weight d elements before the end of the forward pass, its backward is 2 d away:
     the backward pass passes the same d. With checkpointing it passes them twice, since each layer is computed anew: 3 d. What
-    lies nearer to the end therefore stays; anywhere else it is one module.
+    lies nearer to the end therefore stays; anywhere else it is one module. Where layers are gathered whole, computing one anew
+    happens inside it, and where only some are computed anew, most are passed twice.
     """
     split = sum(each.numel for each in shape.weights if each.numel > holding.persistence_threshold)
-    passes = 3 if holding.gradient_checkpointing else 2
-    return min(split, holding.max_reuse_distance // passes + shape.largest_module)
+    inside = holding.whole_layers and shape.whole_layer > 0
+    passes = 3 if holding.gradient_checkpointing in (True, "selective") and not inside else 2
+    return min(split, holding.max_reuse_distance // passes + gathered_at_once(shape, holding))
+
+
+def gathered_at_once(shape: Shape, holding: Holding) -> int:
+    """Elements of weights that stage 3 gathers for one module: with all it contains, if decoder layers are gathered whole."""
+    return max(shape.largest_module, shape.whole_layer if holding.whole_layers else 0)
 
 
 def _own_partition(weights: Sequence[Weight], ranks: int) -> tuple[int, int, int]:

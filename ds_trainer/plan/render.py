@@ -8,7 +8,8 @@ from typing import Any
 
 from ds_trainer.arguments.engine_config import zero_stage
 from ds_trainer.plan.cluster import GIB, in_words
-from ds_trainer.plan.memory import Parts
+from ds_trainer.plan.holding import Holding
+from ds_trainer.plan.memory import Parts, gathered_at_once
 from ds_trainer.plan.story import Change, Need, Plan, Row
 
 
@@ -97,7 +98,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"model    {shape.model_type}, {shape.total:,} parameters{part}",
         f"engine   {', '.join([f'ZeRO-{zero_stage(plan.resolved)}', *kept, plan.resolved.settings.train.precision])}"
-        f"{', gradient checkpointing' if holding.gradient_checkpointing else ''}",
+        f"{_recomputed(holding)}",
         f"cluster  {plan.request.cluster}",
     ]
 
@@ -174,6 +175,14 @@ def _traffic(plan: Plan) -> list[str]:
     if traffic.to_host:
         lines.append(f"  between each GPU and its host, for the offload: {in_words(traffic.to_host)}")
     return lines
+
+
+def _recomputed(holding: Holding) -> str:
+    policy = holding.gradient_checkpointing
+    if not policy:
+        return ""
+    which = "" if policy is True else " of what is cheap" if policy == "selective" else f" of every {policy} layers"
+    return f", gradient checkpointing{which}"
 
 
 def step_seconds(plan: Plan, tflops: float) -> float:
@@ -268,6 +277,7 @@ def as_json(
             "parameters": plan.shape.total,
             "trained": plan.shape.trained,
             "largest_module": plan.shape.largest_module,
+            "gathered_at_once": gathered_at_once(plan.shape, plan.holding),
             "layers": plan.shape.num_layers,
         },
         "zero_stage": plan.holding.stage,

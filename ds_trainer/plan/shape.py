@@ -7,7 +7,6 @@ keep, and not a formula for one architecture. No weights are read.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,12 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_trainer.arguments.constraints import DTYPES
-from ds_trainer.arguments.schema import AdapterSection, ModelSection
+from ds_trainer.arguments.schema import AdapterSection, ModelSection, Recompute
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import base_of
 from ds_trainer.model.attention import DOCUMENTS
+from ds_trainer.model.layers import meta_model, whole_layers
+from ds_trainer.model.stack import decoder_layers
 from ds_trainer.model.tokenizer import first_line, require_folder
+from ds_trainer.monitor.metrics import ModelFlops, model_flops
 from ds_trainer.objectives import language_model
 from ds_trainer.plan.heap import Heap
 from ds_trainer.protocols import ModelBatch
@@ -60,10 +62,14 @@ class Shape:
     """In the order of `model.parameters()`; tied ones once."""
     largest_module: int
     """Parameters of the module that holds most itself: what ZeRO-3 gathers at once at least."""
-    hidden_size: int
+    whole_layer: int
+    """Parameters of the largest decoder layer that ZeRO-3 may gather whole; see `model/layers.py`. 0: none."""
+    whole_layers: int
+    """How many may be gathered so."""
     vocabulary_size: int
     num_layers: int
     buffers_bytes: int
+    flops: ModelFlops
 
     @property
     def total(self) -> int:
@@ -100,9 +106,11 @@ class Traced:
     precision: str
     attention: str
     """As `choose_attention` decided."""
-    gradient_checkpointing: bool
+    gradient_checkpointing: Recompute
     rows: int
     seq_len: int
+    whole_layers: bool
+    """The gradients of a decoder layer stay to the end of its backward pass, as where ZeRO-3 gathers it whole, and count."""
     keep_gradients: bool
     """The gradients stay with the parameters to the end of the pass, as at ZeRO-1, and count."""
     on_cpu: bool
@@ -145,30 +153,32 @@ def read_shape(model: str, adapter: str, precision: str) -> Shape:
     built = _build(model, adapter, precision, "eager", gradient_checkpointing=False)
     config = base_of(built).config.get_text_config()
     weights = tuple(Weight(name, each.numel(), each.requires_grad, each.dim() >= 2) for name, each in built.named_parameters())
+    whole = whole_layers(built)
     return Shape(
         model_type=base_of(built).config.model_type,
         weights=weights,
         largest_module=max(sum(each.numel() for each in module.parameters(recurse=False)) for module in built.modules()),
-        hidden_size=config.hidden_size,
+        whole_layer=whole.numel,
+        whole_layers=len(whole.indices),
         vocabulary_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         buffers_bytes=sum(each.numel() * each.element_size() for each in built.buffers()),
+        flops=model_flops(((each.name, each.numel, each.trained) for each in weights), config),
     )
 
 
-def _build(model: str, adapter: str, precision: str, attention: str, *, gradient_checkpointing: bool) -> Any:
+def _build(model: str, adapter: str, precision: str, attention: str, *, gradient_checkpointing: Recompute) -> Any:
     """The model as `assemble.build` makes it, on the meta device."""
     section = ModelSection.model_validate_json(model)
-    config = read_config(section)
     _register_fused()
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        built: Any = load.build_model(
-            config, precision=precision, attention=attention, trust_remote_code=section.trust_remote_code
-        )
-        load.finish_model(built, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
-        if adapter != "null":
-            built = add_lora(built, AdapterSection.model_validate_json(adapter).lora, 0)
+    built = meta_model(
+        read_config(section),
+        precision=precision,
+        attention=attention,
+        trust_remote_code=section.trust_remote_code,
+        gradient_checkpointing=gradient_checkpointing,
+        adapter=AdapterSection.model_validate_json(adapter) if adapter != "null" else None,
+    )
     language_model.attach(base_of(built), chunked=section.chunked_loss)
     return built
 
@@ -190,7 +200,8 @@ def trace(asked: Traced) -> StepPeak:
             asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing
         )
         stack = _stack_of_equal_layers(base_of(built))
-        if stack is None or asked.keep_gradients or asked.on_cpu or len(stack[2]) <= _DEPTHS[1]:
+        alike = asked.gradient_checkpointing in (True, False, "selective")
+        if stack is None or not alike or asked.keep_gradients or asked.on_cpu or len(stack[2]) <= _DEPTHS[1]:
             return _run(built, asked)
         owner, name, layers = stack
         found = []
@@ -215,15 +226,11 @@ def trace(asked: Traced) -> StepPeak:
 
 def _stack_of_equal_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
     """Where the layers of a model are, if they are all alike: their owner, its name for them, and the list."""
-    count = model.config.get_text_config().num_hidden_layers
-    for owner in model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count > 1:
-                shapes = [
-                    [(inner, each.shape, each.requires_grad) for inner, each in layer.named_parameters()] for layer in child
-                ]
-                return (owner, name, child) if all(each == shapes[0] for each in shapes) else None
-    return None
+    found = decoder_layers(model)
+    if found is None or len(found[2]) < 2:
+        return None
+    shapes = [[(name, each.shape, each.requires_grad) for name, each in layer.named_parameters()] for layer in found[2]]
+    return found if all(each == shapes[0] for each in shapes) else None
 
 
 def _run(model: Any, asked: Traced) -> StepPeak:
@@ -241,11 +248,17 @@ def _run(model: Any, asked: Traced) -> StepPeak:
         target_positions=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         targets=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
         num_tokens=ids.numel(),
+        num_pairs=ids.numel(),
     )
-    hooks = []
+    hooks: list[Any] = []
+    found = decoder_layers(base_of(model)) if asked.whole_layers else None
+    # All but the first: where its input has no gradient, its hook comes too early, see `model/layers.py`.
+    whole = list(found[2])[1:] if found else []
+    delayed = {id(each) for layer in whole for each in layer.parameters()}
+    hooks += [layer.register_full_backward_hook(_drop_gradients) for layer in whole]
     if not asked.keep_gradients:
         for each in model.parameters():
-            if each.requires_grad:
+            if each.requires_grad and id(each) not in delayed:
                 hooks.append(each.register_post_accumulate_grad_hook(_drop_gradient))
     counter = _Alive(model, Heap() if asked.on_cpu else None)
     try:
@@ -263,6 +276,10 @@ def _run(model: Any, asked: Traced) -> StepPeak:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+def _drop_gradients(layer: nn.Module, *gradients: Any) -> None:
+    layer.zero_grad(set_to_none=True)
 
 
 class _Alive(TorchDispatchMode):
@@ -312,27 +329,33 @@ def _register_fused() -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *args, **kwargs: None)
 
 
-class _FusedAttention(torch.autograd.Function):
-    """What a fused attention keeps: query, key, value, output, and one fp32 number for each query and head.
+@lru_cache(maxsize=1)
+def _attention_operation() -> Any:
+    """An operation that keeps what a fused attention keeps: query, key, value, output, and one fp32 number a query and head.
 
-    Source: Dao et al. 2022, "FlashAttention", section 3.1; torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
+    A whole operation, and not the ones it is made of, so that a policy of what is computed again sees it as such. Source: Dao
+    et al. 2022, "FlashAttention", section 3.1; torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
     """
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return output
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+
+    torch.library.define("ds_trainer::attention", "(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)")
+    torch.library.impl("ds_trainer::attention", "Meta", forward)
+    torch.library.register_autograd("ds_trainer::attention", backward, setup_context=keep)
+    return torch.ops.ds_trainer.attention
 
 
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    output: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    output: Tensor = _attention_operation()(query, key, value)[0]
     return output.transpose(1, 2).contiguous(), None  # kernels write (rows, positions, heads, head_size): no copy
 
 
@@ -340,5 +363,5 @@ def _fused_documents(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As `model/attention.py` puts the documents' outputs together: what each call kept, and a copy in one piece."""
-    output: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    output: Tensor = _attention_operation()(query, key, value)[0]
     return output.transpose(1, 2).clone(memory_format=torch.contiguous_format), None

@@ -110,13 +110,19 @@ def make_plan(request: Request) -> Plan:
     settings = resolved.settings
     batch = solve_run_batch(resolved, cluster.ranks)
     config = read_config(settings.model)
-    engine = build_engine_config(resolved, batch, hidden_size=hidden_size_of(config.to_dict()), device_type=cluster.device_type)
-    if autos := [name for name, value in engine.config["zero_optimization"].items() if value == "auto"]:
-        raise ModelError(f"DeepSpeed's {', '.join(autos)} are \"auto\", which needs the model's hidden_size. Write numbers.")
-    holding = holding_of(resolved, engine, batch, ranks_per_node=cluster.ranks_per_node, device_type=cluster.device_type)
     model = settings.model.model_dump_json()
     adapter = settings.adapter.model_dump_json() if settings.adapter else "null"
     shape = read_shape(model, adapter, settings.train.precision)
+    engine = build_engine_config(
+        resolved,
+        batch,
+        hidden_size=hidden_size_of(config.to_dict()),
+        whole_layer=shape.whole_layer,
+        device_type=cluster.device_type,
+    )
+    if autos := [name for name, value in engine.config["zero_optimization"].items() if value == "auto"]:
+        raise ModelError(f"DeepSpeed's {', '.join(autos)} are \"auto\", which needs the model's hidden_size. Write numbers.")
+    holding = holding_of(resolved, engine, batch, ranks_per_node=cluster.ranks_per_node, device_type=cluster.device_type)
     attention = choose_attention(settings.model.attention, config, cluster.device_type, settings.train.precision)
     step = trace(
         Traced(
@@ -127,6 +133,7 @@ def make_plan(request: Request) -> Plan:
             gradient_checkpointing=settings.model.gradient_checkpointing,
             rows=batch.micro_batch_size,
             seq_len=settings.data.seq_len,
+            whole_layers=holding.whole_layers and shape.whole_layers > 0,
             keep_gradients=gradients_grow(holding),
             on_cpu=holding.on_cpu,
         )
@@ -175,6 +182,8 @@ def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str)
         notes.append("model.resize_vocabulary: the tokenizer is not read, so the vocabulary is counted as the config has it")
     if optimizer_kind(resolved, cluster.device_type) == "deepspeed":
         notes.append("the optimizer is DeepSpeed's own: its state is counted by its name, see docs/design/memory.md")
+    if settings.model.offload_activations:
+        notes.append("model.offload_activations: what is kept of each layer is counted on the device, as if it stayed there")
     if attention == "eager":
         notes.append("attention `eager` holds the scores of every layer; `documents` or flash attention do not")
     return notes

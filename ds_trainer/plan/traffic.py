@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds_trainer.plan.holding import Holding
-from ds_trainer.plan.memory import live_parameters
+from ds_trainer.plan.memory import gathered_at_once, live_parameters
 from ds_trainer.plan.shape import Shape
 
 
@@ -47,7 +47,7 @@ def step_traffic(shape: Shape, holding: Holding) -> Traffic:
             "new weights, gathered": ring * trained,
         }
     else:
-        kept = min(1.0, (live_parameters(shape, holding) - shape.largest_module) / max(1, shape.total))
+        kept = min(1.0, (live_parameters(shape, holding) - gathered_at_once(shape, holding)) / max(1, shape.total))
         again = (1.0 - max(0.0, kept)) * ring * total * steps
         if holding.secondary_ranks > 1:
             inner = (1.0 - max(0.0, kept)) * (holding.secondary_ranks - 1) / holding.secondary_ranks * total * steps

@@ -53,6 +53,7 @@ def main() -> None:
             gradient_checkpointing=checkpointing,
             rows=1,
             seq_len=POSITIONS,
+            whole_layers=False,
             keep_gradients=False,
             on_cpu=True,
         )

@@ -1,9 +1,10 @@
 """What a save costs: how long training stands still for it, and how fast it reaches the disk.
 
-Bandwidth: each rank writes its state as in a save (`checkpoint.saver`, with SHA-256, fsync, vote and rename), in turns with a
+Bandwidth: each rank writes its state as in a save (`checkpoint.saver`, with hash, fsync, vote and rename), in turns with a
 plain write and fsync of the same bytes by the same ranks to the same disk. Beside it what of a save in the background training
 has to wait for, the copy of the state. All with random numbers as the state.
-Stall: a run of two ranks with a model of 30 M parameters, with and without `checkpoint.background`, by its own events.
+Stall: a run of two ranks with a model of 30 M parameters, with and without `checkpoint.background`, by its own events. The
+probe, one forward of a few rows whose loss a resume must find again, is the same for both and shown beside it.
 """
 
 from __future__ import annotations
@@ -137,11 +138,11 @@ def child(folder: Path, megabytes: int, repeats: int) -> None:
 
 
 def stalls(folder: Path) -> tuple[dict[str, Any], float]:
-    """How long training stood still for each save of a run, and how long the save took."""
+    """How long training stood still for each save of a run, without its probe and for it, and how long the save took."""
     corpus = folder / "corpus"
     corpus.mkdir()
     write_corpus(corpus)
-    seen: dict[bool, list[tuple[float, float, int]]] = {True: [], False: []}
+    seen: dict[bool, list[tuple[float, float, float, int]]] = {True: [], False: []}
     for turn in range(4):
         background = turn % 2 == 0
         name = f"stall_{turn}"
@@ -158,19 +159,23 @@ def stalls(folder: Path) -> tuple[dict[str, Any], float]:
         if done.returncode:
             raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
         events = [json.loads(line) for line in (folder / name / "events.jsonl").read_text().splitlines()]
-        found = [(each["stall_seconds"], each["seconds"], each["bytes"]) for each in events if each["event"] == "saved"]
+        found = [
+            (each["stall_seconds"] - each["probe_seconds"], each["probe_seconds"], each["seconds"], each["bytes"])
+            for each in events
+            if each["event"] == "saved"
+        ]
         seen[background] += found
         shutil.rmtree(folder / name)
-        print(f"background {background}: (stall, seconds, bytes) {found}", flush=True)
+        print(f"background {background}: (stall, probe, seconds, bytes) {found}", flush=True)
     middle = {
-        background: [statistics.median(each[column] for each in found) for column in (0, 1, 2)]
+        background: [statistics.median(each[column] for each in found) for column in range(4)]
         for background, found in seen.items()
     }
     table = {
         "title": "How long a run of two ranks stands still for a save, 30 M parameters",
-        "columns": ["saves", "MB", "stands still, s", "the save takes, s", "saves seen"],
+        "columns": ["saves", "MB", "stands still, s", "before that for the probe, s", "the save takes, s", "saves seen"],
         "rows": [
-            [name, middle[background][2] / 1e6, middle[background][0], middle[background][1], len(seen[background])]
+            [name, middle[background][3] / 1e6, *middle[background][:3], len(seen[background])]
             for name, background in (("in the background", True), ("training waits", False))
         ],
     }

@@ -39,7 +39,7 @@ def main() -> None:
 
 def written(page: str) -> str:
     """A page with what stands between its markers written anew."""
-    shown_here = sorted(match[3] for match in MARKED.finditer(page) if match[3])
+    shown_here = sorted(match[3] for match in MARKED.finditer(page) if match[3] and (RESULTS / f"{match[3]}.json").exists())
     sections = {
         "goals": lambda: "".join(goals_of(read(name)) for name in shown_here),
         "summary": lambda: summary([read(name) for name in shown_here]),
@@ -48,6 +48,8 @@ def written(page: str) -> str:
 
 
 def section(name: str) -> str:
+    if not (RESULTS / f"{name}.json").exists():
+        return f"Not measured yet: `python scripts/bench/{name}.py`\n"
     result = read(name)
     machine = result["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())

@@ -16,7 +16,11 @@ from ds_trainer.state import TrainState, step_seed
 
 def batch(targets: int, tokens: int = 10) -> ModelBatch:
     return ModelBatch(
-        inputs={}, target_positions=torch.arange(targets), targets=torch.zeros(targets, dtype=torch.int64), num_tokens=tokens
+        inputs={},
+        target_positions=torch.arange(targets),
+        targets=torch.zeros(targets, dtype=torch.int64),
+        num_tokens=tokens,
+        num_pairs=tokens,
     )
 
 
@@ -51,7 +55,7 @@ class Recorder:
         self.losses: list[float] = []
         self.skipped: list[dict] = []
 
-    def step(self, *, step, loss, num_tokens, num_targets, outcome) -> None:
+    def step(self, *, step, loss, window, num_targets, outcome) -> None:
         self.losses.append(float(loss))
 
     def skipped_step(self, text, fields) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ds_trainer import comm
-from ds_trainer.arguments.schema import LoraSection, TrainSection
+from ds_trainer.arguments.schema import AdapterSection, TrainSection
 from ds_trainer.checkpoint.slices import SliceReader, file_name, write_slices
 from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, sharded_construction
 from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import MicroBatch
 from ds_trainer.state import step_seed
@@ -40,6 +40,15 @@ LLAMA = {
 }
 FOLDER = Path(sys.argv[1])
 
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 4}},
+    "rslora": {"lora": {"rank": 4, "rslora": True}},
+    "dora": {"lora": {"rank": 4, "dora": True}},
+    "loraplus": {"lora": {"rank": 4, "learning_rate_ratio": 2.0}},
+    "whole": {"lora": {"rank": 4, "modules_to_save": ["embed_tokens", "lm_head"]}},
+    "further": {"lora": {"path": str(FOLDER / "adapter")}},
+    "last": {"freeze": {"last_layers": 1, "train": ["lm_head.*"]}},
+}
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": str(FOLDER / "nvme")}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
@@ -54,7 +63,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero3_nvme_pieces": {"stage": 3, "offload_optimizer": NVME, "sub_group_size": 300_000, "kind": "cpu_adam"},
     **{f"zero{stage}_bf16": {"stage": stage, "precision": "bf16"} for stage in (1, 2, 3)},
     "zero1_bf16_fp32_gradients": {"stage": 1, "precision": "bf16", "gradients": "fp32"},
-    **{f"zero{stage}_lora": {"stage": stage, "lora": True} for stage in (1, 2, 3)},
+    **{f"zero{stage}_lora": {"stage": stage, "adapter": ADAPTERS["lora"]} for stage in (1, 2, 3)},
+    **{
+        f"{name}_{adapter}": {**layout, "adapter": settings}
+        for adapter, settings in ADAPTERS.items()
+        if adapter != "lora"
+        for name, layout in {
+            "zero2": {"stage": 2},
+            "zero3": {"stage": 3},
+            "zero2_offload": {"stage": 2, "offload_optimizer": CPU},
+            "zero3_offload": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
+        }.items()
+    },
     "zero2_dropout": {"stage": 2, "dropout": 0.1},
     "zero3_dropout": {"stage": 3, "dropout": 0.1},
 }
@@ -78,17 +98,17 @@ def build(layout: dict[str, Any]):
     }
     dropout = layout.get("dropout", 0.0)
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
-    is_lora = layout.get("lora", False)
+    adapter = AdapterSection.model_validate(layout["adapter"]) if "adapter" in layout else None
     model_config = (
-        AutoConfig.for_model("llama", **LLAMA)
-        if is_lora
+        AutoConfig.for_model("llama", **LLAMA, tie_word_embeddings=False)
+        if adapter
         else AutoConfig.for_model("gpt2", **GPT2, **drops, bos_token_id=0, eos_token_id=0)
     )
     with sharded_construction(config):
         model = load.build_model(model_config, precision=precision, attention="sdpa")
         load.initialize_weights(model, 0, gather if stage == 3 else None)
-        if is_lora:
-            model = add_lora(model, LoraSection(rank=4), 0)
+        if adapter:
+            model = add_adapter(model, adapter, 0, gather if stage == 3 else None)
     language_model.attach(base_of(model), chunked=True)
     engine = build_engine(
         model,
@@ -107,6 +127,7 @@ def build(layout: dict[str, Any]):
         ),
         max_steps=STEPS,
         report=print,
+        lora_plus=adapter.lora.learning_rate_ratio if adapter and adapter.lora else 1.0,
     )
     engine.train_mode(True)
     return engine

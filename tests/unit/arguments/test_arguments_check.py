@@ -75,7 +75,7 @@ def test_every_key_that_deepspeed_is_handed_has_its_origin(resolved):
         "zero_optimization.overlap_comm": (False, "run.yaml:18"),
         "zero_optimization.reduce_bucket_size": (
             "auto",
-            "hidden_size x hidden_size, known when the model is loaded",
+            "hidden_size x hidden_size, 4096 x 4096 at least; known when the model is loaded",
         ),
         "wandb.project": ("mine", "monitor.wandb.project"),
         "zero_allow_untested_optimizer": (True, "default"),
@@ -89,7 +89,7 @@ def test_a_value_that_was_replaced_does_not_claim_the_line_it_was_written_in(fil
     from ds_trainer.arguments.engine_config import build_engine_config, solve_run_batch
 
     resolved = files.json({"zero_allow_untested_optimizer": False}).resolve()
-    engine = build_engine_config(resolved, solve_run_batch(resolved, 1), hidden_size=None, device_type="cpu")
+    engine = build_engine_config(resolved, solve_run_batch(resolved, 1), hidden_size=None, whole_layer=None, device_type="cpu")
     assert rows(engine_rows(resolved, engine))["zero_allow_untested_optimizer"] == (True, "default")
 
 

@@ -54,6 +54,11 @@ EXAMPLES = {
         '"keep_best":',
         run(checkpoint__keep_best=1, checkpoint__every_steps=6, evaluate__sources=[{"path": "a"}], evaluate__every_steps=2),
     ),
+    "offload_activations_kept": (
+        run(model__offload_activations=True, model__path="m"),
+        '"offload_activations":',
+        run(model__offload_activations=True, model__path="m", model__gradient_checkpointing=2),
+    ),
     "train_on_is_for_conversations": (
         run(data__train_on="all", train__stage="pretrain"),
         '"train_on":',
@@ -89,6 +94,22 @@ EXAMPLES = {
         run(model__path=None, model__config="c.json", model__tokenizer="t", adapter__lora={"rank": 4}),
         '"adapter":',
         run(adapter__lora={"rank": 4}),
+    ),
+    "one_adapter": (
+        run(adapter__lora={"rank": 4}, adapter__freeze={"last_layers": 1}),
+        '"adapter":',
+        run(adapter__freeze={"last_layers": 1}),
+    ),
+    "freeze_trains_something": (run(adapter__freeze={"train": []}), '"freeze":', run(adapter__freeze={"train": ["*.mlp.*"]})),
+    "adapter_path_says_its_shape": (
+        run(adapter__lora={"path": "out/a", "rank": 4}),
+        '"path": "out/a"',
+        run(adapter__lora={"path": "out/a", "dropout": 0.1}),
+    ),
+    "rates_by_group_need_our_schedule": (
+        ds({"train__layer_learning_rate_decay": 0.9}, scheduler={"type": "WarmupLR"}),
+        '"scheduler":',
+        ds({"train__layer_learning_rate_decay": 1.0}, scheduler={"type": "WarmupLR"}),
     ),
     "dtype_agrees_with_precision": (run(model__dtype="float16"), '"dtype":', run(model__dtype="bfloat16")),
     "flash_needs_half": (

@@ -10,16 +10,21 @@ from ds_trainer.arguments.engine_config import (
     offload_device,
     optimizer_kind,
     read_hidden_size,
+    reason_against_whole_layers,
     solve_run_batch,
     uses_deepspeed_scheduler,
     zero_stage,
 )
 
 
-def engine(files, *overrides, hidden_size=64, device_type="cpu", world_size=1):
+def engine(files, *overrides, hidden_size=64, whole_layer=0, device_type="cpu", world_size=1):
     resolved = files.resolve(*overrides)
     return build_engine_config(
-        resolved, solve_run_batch(resolved, world_size), hidden_size=hidden_size, device_type=device_type
+        resolved,
+        solve_run_batch(resolved, world_size),
+        hidden_size=hidden_size,
+        whole_layer=whole_layer,
+        device_type=device_type,
     )
 
 
@@ -49,17 +54,54 @@ def test_a_precision_of_the_command_line_switches_the_json_off(files):
     assert engine(files, "train.precision=fp32").config["bf16"]["enabled"] is False
 
 
-def test_sizes_that_are_auto_come_from_the_width_of_the_model(files):
-    names = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-    files.json({"zero_optimization": {"stage": 3, **dict.fromkeys(names, "auto")}})
-    built = engine(files, hidden_size=100)
-    assert [built.config["zero_optimization"][name] for name in names] == [10_000, 9_000, 1_000]
-    assert built.reasons["zero_optimization.reduce_bucket_size"] == "hidden_size x hidden_size, hidden_size = 100"
-    odd = engine(files, hidden_size=33).config["zero_optimization"]
-    assert odd["stage3_prefetch_bucket_size"] == int(0.9 * 33 * 33) == 980
+SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+
+
+@pytest.mark.parametrize(
+    ("width", "whole", "expected"),
+    [
+        (100, 0, [4096 * 4096, 9_000, 1_000]),  # pieces of 10,000 elements would fill no network
+        (100, 120_000, [4096 * 4096, 120_000, 1_000]),  # the next layer comes while one is computed
+        (8192, 0, [8192 * 8192, int(0.9 * 8192 * 8192), 81_920]),  # from 4096 on as transformers fills them
+    ],
+)
+def test_sizes_that_are_auto_come_from_the_width_of_the_model_and_its_layers(files, width, whole, expected):
+    files.json({"zero_optimization": {"stage": 3, **dict.fromkeys(SIZES, "auto")}})
+    built = engine(files, hidden_size=width, whole_layer=whole)
+    assert [built.config["zero_optimization"][name] for name in SIZES] == expected
+    reason = built.reasons["zero_optimization.reduce_bucket_size"]
+    assert reason == f"hidden_size x hidden_size, 4096 x 4096 at least; hidden_size = {width}"
+    ends = "such a layer 120,000" if whole else "no layer is gathered whole"
+    assert built.reasons["zero_optimization.stage3_prefetch_bucket_size"].endswith(ends)
+
+
+def test_sizes_that_are_auto_wait_for_the_model(files):
+    files.json({"zero_optimization": {"stage": 3, **dict.fromkeys(SIZES, "auto")}})
     waiting = engine(files, hidden_size=None)
     assert waiting.config["zero_optimization"]["reduce_bucket_size"] == "auto"
     assert waiting.reasons["zero_optimization.reduce_bucket_size"].endswith("known when the model is loaded")
+    waiting = engine(files, hidden_size=64, whole_layer=None).config["zero_optimization"]
+    assert [waiting[name] for name in SIZES] == [4096 * 4096, "auto", 640]
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({}, None),
+        ({"offload_param": {"device": "cpu"}}, None),
+        ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, "a buffer of host memory for each weight"),
+        ({"leaf_module": {"classes": []}}, "the DeepSpeed JSON says"),
+        ({"stage3_module_granularity_threshold": 5}, "the DeepSpeed JSON says"),
+        ({"zero_quantized_weights": True}, "not been tried with zero_quantized_weights"),
+        ({"zero_hpz_partition_size": 4}, "not been tried with zero_hpz_partition_size"),
+    ],
+)
+def test_where_whole_layers_are_not_proven_they_are_left_off_and_the_bucket_knows(files, zero, said):
+    found = reason_against_whole_layers(zero)
+    assert found is None if said is None else said in found
+    files.json({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto", **zero}})
+    filled = engine(files, hidden_size=100, whole_layer=120_000).config["zero_optimization"]
+    assert filled["stage3_prefetch_bucket_size"] == (120_000 if said is None else 9_000)
 
 
 def test_the_batch_is_the_solved_one_and_the_global_size_is_left_to_follow(files):
@@ -149,8 +191,8 @@ def test_a_schedule_that_deepspeed_builds_gets_the_settings_in_force_and_not_its
 def test_building_the_configuration_leaves_the_settings_as_they_were(files):
     resolved = files.json({"optimizer": {"type": "Lion", "params": {"lr": "auto"}}, "bf16": {"enabled": "auto"}}).resolve()
     before = resolved.deepspeed.plain()
-    first = build_engine_config(resolved, solve_run_batch(resolved, 1), hidden_size=8, device_type="cpu")
-    second = build_engine_config(resolved, solve_run_batch(resolved, 1), hidden_size=8, device_type="cpu")
+    first = build_engine_config(resolved, solve_run_batch(resolved, 1), hidden_size=8, whole_layer=0, device_type="cpu")
+    second = build_engine_config(resolved, solve_run_batch(resolved, 1), hidden_size=8, whole_layer=0, device_type="cpu")
     assert first == second
     assert resolved.deepspeed.plain() == before
 

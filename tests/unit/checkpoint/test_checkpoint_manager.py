@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from ds_trainer import faults
 from ds_trainer.checkpoint import layout, manager, saver
@@ -91,12 +93,24 @@ DAMAGES = {
     "that of another step": (swap, f"{PART} does not have the content that was written"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
     "broken manifest": (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    "other format": (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "is not of format 2"),
+    "other format": (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "is not of format 2 or 3"),
     "a digit of the manifest": (
         lambda path: damage_by_flip(path, "manifest.json", (path / "manifest.json").read_bytes().index(b'"step": 2') + 8),
         "manifest.json does not have the content that was written",
     ),
 }
+
+
+def test_a_checkpoint_of_format_2_is_read_and_its_damage_found(tmp_path):
+    path = save(tmp_path, 1)
+    fields = layout.read_manifest(path)
+    for name, entry in fields["files"].items():
+        del entry["xxh3_128"]
+        entry["sha256"] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    layout.write_manifest(path, {**fields, "format": 2})
+    assert find(tmp_path)[0].path == path
+    damage_by_flip(path)
+    assert layout.damage(path, fields["files"], fields["files"]) == f"{PART} does not have the content that was written"
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -248,5 +262,5 @@ def test_a_failed_save_in_the_background_is_an_error_where_it_is_asked_for(tmp_p
 def test_the_manifest_lists_sizes_and_hashes(tmp_path):
     path = save(tmp_path, 1)
     entry = json.loads((path / "manifest.json").read_text())["files"][PART]
-    assert entry == layout.digest(path / PART)
+    assert entry["xxh3_128"] == xxhash.xxh3_128((path / PART).read_bytes()).hexdigest()
     assert entry["bytes"] == (path / PART).stat().st_size > 8000

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_trainer.arguments.schema import LoraSection, ModelSection
+from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection, ModelSection
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
-from ds_trainer.model.adapter import add_lora
+from ds_trainer.model.adapter import add_adapter, add_lora, base_of
+from ds_trainer.objectives.language_model import attach
 
 FIELDS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -118,6 +120,82 @@ def test_lora_trains_its_matrices_only():
     assert trained
     assert all("lora_" in name for name in trained)
     assert not any("lm_head" in name for name in trained)
+
+
+def trained_names(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_a_part_of_the_weights_is_trained():
+    model = add_adapter(build(), AdapterSection(freeze=FreezeSection(last_layers=1, train=["model.norm.*"])), 0)
+    trained = trained_names(model)
+    assert trained[-1] == "model.norm.weight"
+    assert len(trained) == 10
+    assert all(name.startswith("model.layers.1.") for name in trained[:-1])
+
+
+@pytest.mark.parametrize(
+    ("freeze", "words"),
+    [
+        (
+            {"train": ["model.layer.*"]},
+            r"freeze\.train: model\.layer\.\* matches no weight .* model\.embed_tokens\.weight",
+        ),
+        ({"last_layers": 3}, r"last_layers = 3: this model has 2 layers"),
+    ],
+)
+def test_what_shall_be_trained_must_be_there(freeze, words):
+    with pytest.raises(ModelError, match=words):
+        add_adapter(build(), AdapterSection(freeze=FreezeSection(**freeze)), 0)
+
+
+def test_an_adapter_goes_on_from_what_was_saved(tmp_path):
+    wanted = LoraSection(rank=3, rslora=True, dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    first = add_lora(build(), wanted, 0)
+    for parameter in first.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    first.save_pretrained(tmp_path)
+    second = add_lora(build(), LoraSection(path=str(tmp_path)), 1)
+    assert second.peft_config["default"].use_rslora
+    saved = {name: each for name, each in first.named_parameters() if each.requires_grad}
+    assert saved.keys() == set(trained_names(second))
+    assert all(torch.equal(dict(second.named_parameters())[name], each) for name, each in saved.items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "of type IA3, not LoRA"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "adapter_model.safetensors cannot be read"),
+        (lambda folder: rewrite(folder, lambda name, value: value[:2]), r"is \(2, 32\), and this model needs \(3, 32\)"),
+        (lambda folder: rewrite(folder, lambda name, value: None if "layers.0" in name else value), "does not hold .*layers.0"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, words):
+    add_lora(build(), LoraSection(rank=3, target_modules=["q_proj"]), 0).save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ModelError, match=words):
+        add_lora(build(), LoraSection(path=str(tmp_path)), 0)
+
+
+def rewrite(folder, change):
+    file = folder / "adapter_model.safetensors"
+    changed = {name: change(name, value) for name, value in load_file(file).items()}
+    save_file({name: value.contiguous() for name, value in changed.items() if value is not None}, file)
+
+
+def test_a_whole_module_beside_the_adapter_must_be_there_and_untied():
+    with pytest.raises(ModelError, match=r"modules_to_save: head matches no module .* lm_head"):
+        add_lora(build(), LoraSection(modules_to_save=["head"]), 0)
+    with pytest.raises(ModelError, match=r"embed_tokens shares its weight .*tie_word_embeddings"):
+        add_lora(build(tie_word_embeddings=True), LoraSection(modules_to_save=["embed_tokens"]), 0)
+    model = add_lora(build(), LoraSection(modules_to_save=["embed_tokens", "lm_head"]), 0)
+    whole = [name for name in trained_names(model) if "lora_" not in name]
+    assert whole == [f"base_model.model.{each}.modules_to_save.default.weight" for each in ("model.embed_tokens", "lm_head")]
+    assert attach(base_of(model), chunked=True) == "head and loss in chunks of targets"
 
 
 def test_weight_files_follow_the_index(tmp_path):

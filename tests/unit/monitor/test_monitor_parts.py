@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ds_trainer.errors import RefusedError
-from ds_trainer.monitor.metrics import clock, perplexity, quantity
+from ds_trainer.monitor.metrics import ModelFlops, clock, model_flops, peak_flops, perplexity, quantity, uncounted
+from ds_trainer.monitor.recorder import Speed
 from ds_trainer.monitor.run_folder import RunFolder
 
 
@@ -94,3 +96,62 @@ def test_only_our_own_console_reaches_the_terminal(tmp_path):
     assert done.stderr == ""
     text = log.read_text()
     assert all(words in text for words in ("printed", "warned", "logged", "from a child", "to stderr"))
+
+
+def test_operations_of_a_small_model_by_hand():
+    config = SimpleNamespace(hidden_size=8, num_attention_heads=2, num_hidden_layers=3, head_dim=6)
+    config.get_text_config = lambda: config
+    weights = [("model.embed_tokens.weight", 1000, True), ("layer.weight", 50, True), ("frozen.weight", 30, False)]
+    flops = model_flops([*weights, ("lm_head.weight", 1000, True)], config)
+    assert flops == ModelFlops(per_token=6 * 50 + 4 * 30 + 6 * 1000, per_pair=12 * 3 * 2 * 6)
+    assert model_flops(weights, config) == flops  # the embedding is the head too, and multiplied
+    assert flops.of(tokens=2, pairs=3) == 2 * flops.per_token + 3 * flops.per_pair
+
+
+def test_of_a_mixture_only_the_experts_count_that_a_token_is_sent_to():
+    config = SimpleNamespace(
+        hidden_size=8, num_attention_heads=2, num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=1
+    )
+    config.get_text_config = lambda: config
+    weights = [
+        ("layers.0.mlp.experts.down_proj", 400, True),
+        ("layers.0.mlp.gate.weight", 10, True),
+        ("lm_head.weight", 5, True),
+    ]
+    assert model_flops(weights, config).per_token == 6 * (400 / 4 + 10 + 5)
+
+
+def test_what_is_not_counted_is_named():
+    def config(**fields):
+        found = SimpleNamespace(num_attention_heads=2, model_type="odd", **fields)
+        found.get_text_config = lambda: found
+        return found
+
+    assert uncounted(config(), 4096) is None
+    assert uncounted(config(sliding_window=4096), 4096) is None
+    assert uncounted(config(sliding_window=4095), 4096) == "attention in a window of 4095 tokens"
+    assert uncounted(config(sliding_window=512, layer_types=["full_attention"]), 4096) is None
+    assert uncounted(config(sliding_window=512, layer_types=["full_attention", "sliding_attention"]), 4096) is not None
+    assert uncounted(config(layer_types=["full_attention", "linear_attention"]), 8) == "layers of type linear_attention"
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A10G", None),  # not an A10
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 9999", None),
+    ],
+)
+def test_the_peak_goes_by_the_words_of_a_device_s_name(name, tflops):
+    assert peak_flops(name) == (tflops and tflops * 1e12)
+
+
+def test_utilization_is_a_share_of_the_peak_of_all_ranks():
+    speed = Speed(ModelFlops(per_token=10.0, per_pair=1.0), peak_flops=100.0)
+    assert speed.fields(tokens=30, pairs=100, seconds=2.0, ranks=4) == {"tflops_per_rank": 50.0 / 1e12, "mfu": 0.5}
+    assert Speed().fields(1, 1, 1.0, 1) == {"tflops_per_rank": None, "mfu": None}

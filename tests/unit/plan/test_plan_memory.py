@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_trainer.monitor.metrics import ModelFlops
 from ds_trainer.plan.holding import Holding
 from ds_trainer.plan.memory import CPU_PROCESS, CUDA_CONTEXT, RankMemory, live_parameters, rank_memory, states_of
 from ds_trainer.plan.shape import LARGE_BLOCK, Shape, StepPeak, Weight
@@ -30,6 +31,7 @@ HOLDING = Holding(
     reduces_to_all=True,
     contiguous_gradients=True,
     prefetch_bucket=0,
+    whole_layers=False,
     persistence_threshold=0,
     max_reuse_distance=0,
     sub_group=10**12,
@@ -55,7 +57,9 @@ def shape_of(weights: tuple[Weight, ...] = WEIGHTS) -> Shape:
         model_type="llama",
         weights=weights,
         largest_module=largest,
-        hidden_size=8,
+        whole_layer=3000,
+        whole_layers=1,
+        flops=ModelFlops(0, 0),
         vocabulary_size=16,
         num_layers=7,
         buffers_bytes=0,
@@ -151,6 +155,9 @@ def test_what_stays_gathered_follows_the_reuse_distance():
         live_parameters(shape, replace(HOLDING, stage=3, max_reuse_distance=3000, gradient_checkpointing=True)) == 1000 + 4000
     )
     assert live_parameters(shape, replace(HOLDING, stage=3, persistence_threshold=1000, max_reuse_distance=10**9)) == 4000
+    whole = replace(HOLDING, stage=3, max_reuse_distance=3000, whole_layers=True)
+    assert live_parameters(replace(shape, whole_layer=4500), whole) == 1500 + 4500
+    assert live_parameters(replace(shape, whole_layer=100), whole) == 1500 + 4000  # the head is larger
 
 
 def test_offload_moves_states_to_the_host():

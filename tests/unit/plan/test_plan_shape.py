@@ -3,12 +3,17 @@
 import json
 
 import pytest
+import torch
 from helpers import TINY_LLAMA
 
 from ds_trainer.arguments.schema import AdapterSection, LoraSection, ModelSection
 from ds_trainer.errors import ModelError
+from ds_trainer.model import load
+from ds_trainer.model.attention import arrange, register_document_attention
+from ds_trainer.objectives import language_model
 from ds_trainer.plan import shape
 from ds_trainer.plan.shape import Traced, read_config, read_shape, trace
+from ds_trainer.protocols import MicroBatch
 
 HIDDEN, INNER, HEADS, SEQ = 64, 128, 4, 48
 
@@ -39,6 +44,7 @@ def traced(layers: int = 2, **changed: object) -> shape.StepPeak:
         "rows": 1,
         "seq_len": SEQ,
         "keep_gradients": False,
+        "whole_layers": False,
         "on_cpu": False,
     }
     return trace(Traced(**{**fields, **changed}))
@@ -74,6 +80,34 @@ def test_checkpointing_keeps_one_vector_a_position_and_layer():
     assert traced(8, gradient_checkpointing=True).total < traced(8).total / 3
 
 
+@pytest.mark.parametrize("policy", [False, True, 2, "selective"])
+def test_a_real_step_keeps_what_the_trace_says(policy):
+    """The same count over real tensors, with a real attention kernel."""
+    register_document_attention()
+    model = load.build_model(read_config(ModelSection.model_validate_json(section(6))), precision="fp32", attention="documents")
+    load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=policy, seed=0)
+    language_model.attach(model, chunked=True)
+    for each in model.parameters():
+        each.register_post_accumulate_grad_hook(shape._drop_gradient)
+    positions = torch.arange(4 * SEQ)[None]
+    batch = MicroBatch(
+        input_ids=positions % 320, labels=positions % 320, position_ids=positions, is_token=torch.ones_like(positions).bool()
+    )
+    counter = shape._Alive(model, None)
+    with counter:
+        language_model.nll_sum(model, arrange(batch, "documents")).backward()
+    asked = traced(6, gradient_checkpointing=policy, rows=4)
+    assert asked.total == pytest.approx(counter.total, rel=0.05)
+
+
+def test_what_is_kept_grows_with_the_share_that_is_not_computed_again():
+    kept = {policy: traced(8, gradient_checkpointing=policy, rows=4).forward for policy in (False, True, 2, 4, "selective")}
+    assert kept[True] < kept[2] < kept[4] < kept[False]
+    assert kept[True] < kept["selective"] < 0.7 * kept[False]
+    half = (kept[True] + kept[False]) / 2
+    assert kept[2] == pytest.approx(half, rel=0.02)
+
+
 def test_many_layers_follow_from_two_short_traces(monkeypatch):
     short = [traced(layers, gradient_checkpointing=each) for layers in (6, 9) for each in (True, False)]
     monkeypatch.setattr(shape, "_stack_of_equal_layers", lambda model: None)
@@ -83,6 +117,13 @@ def test_many_layers_follow_from_two_short_traces(monkeypatch):
 
 def test_gradients_that_stay_count_in_the_peak():
     assert traced(4, keep_gradients=True).total >= 4 * read_shape(section(4), "null", "fp32").total
+
+
+def test_gradients_of_a_layer_that_is_gathered_whole_count_to_the_end_of_its_backward_pass():
+    layer = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN)
+    small = {"model": section(4, vocab_size=8), "seq_len": 1}  # nothing but the gradients counts
+    more = traced(**small, whole_layers=True).total - traced(**small).total
+    assert 0.7 * layer < more <= layer
 
 
 def test_on_the_cpu_the_heap_of_every_layer_is_replayed():

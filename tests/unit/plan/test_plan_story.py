@@ -38,12 +38,15 @@ def test_the_numbers_follow_from_the_settings_in_force(plan_of):
     plan = plan_of(
         "deepspeed.zero_optimization.stage=3",
         "deepspeed.zero_optimization.reduce_bucket_size=auto",
+        "deepspeed.zero_optimization.stage3_prefetch_bucket_size=auto",
         "deepspeed.zero_optimization.offload_optimizer={device: cpu}",
         train={"micro_batch_size": 2, "global_batch_size": 16},
         cluster=gpus(4, 80),
     )
     assert (plan.holding.stage, plan.holding.optimizer_on, plan.holding.accumulation) == (3, "cpu", 2)
-    assert plan.holding.reduce_bucket == 32 * 32
+    assert plan.holding.reduce_bucket == 4096 * 4096
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
+    assert (plan.holding.whole_layers, plan.holding.prefetch_bucket, plan.shape.whole_layer) == (True, layer, layer)
     assert plan.length.positions_per_step == 16 * 48
     assert plan.length.max_steps == 4
 
