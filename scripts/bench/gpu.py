@@ -195,7 +195,7 @@ def child_bare(job: dict[str, Any], clock: Clock) -> None:
             if settings.adapter:
                 model = add_lora(model, settings.adapter.lora, settings.train.seed)
         language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
-        groups = parameter_groups(model, settings.train.weight_decay)
+        groups = parameter_groups(model, settings.train)
         options: dict[str, Any] = {"lr": settings.train.learning_rate, "betas": tuple(settings.train.betas)}
         if job["cpu_adam"]:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
