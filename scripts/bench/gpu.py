@@ -195,7 +195,7 @@ def child_bare(job: dict[str, Any], clock: Clock) -> None:
             if settings.adapter:
                 model = add_lora(model, settings.adapter.lora, settings.train.seed)
         language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
-        groups = parameter_groups(model, settings.train.weight_decay)
+        groups = parameter_groups(model, settings.train)
         options: dict[str, Any] = {"lr": settings.train.learning_rate, "betas": tuple(settings.train.betas)}
         if job["cpu_adam"]:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -433,6 +433,9 @@ class Bench:
         # torch's fused AdamW for everybody: no compiler is needed, and the optimizers are equal. With offload, DeepSpeed's for
         # the CPU where it can be built, and torch's otherwise.
         adam = {"type": "AdamW", "params": {"torch_adam": not job["cpu_adam"]}}
+        if job["cpu_adam"] and options.get("low_memory"):
+            # Ours builds a CPUAdam with fp32 states; with this parameter DeepSpeed builds its own, with states in bf16.
+            adam = {"type": "AdamW", "params": {"fp32_optimizer_states": False}}
         ours = block | {"optimizer": adam}
         if not job["cpu_adam"]:
             block |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
