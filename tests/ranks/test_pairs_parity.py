@@ -86,8 +86,8 @@ def result_of(folder: Path, name, stage, accumulation, packed, ranks) -> dict[st
 def test_update_equals_that_of_one_plain_process(sharded, name, stage, accumulation, packed, ranks):
     result, plain = result_of(sharded, name, stage, accumulation, packed, ranks), plain_update(name)
     assert torch.allclose(result["losses"], plain["losses"], atol=1e-6, rtol=0)
-    # Gradients of a value are small, and Adam divides by them: rounding counts for more.
-    tolerance = 4e-6 if name == "reward" else 1e-6
+    # Where gradients nearly cancel, Adam divides small ones by their own size: rounding counts for more.
+    tolerance = 4e-6 if name in ("reward", "simpo") else 1e-6
     for parameter, expected in plain.items():
         assert torch.allclose(result[parameter], expected, atol=tolerance, rtol=0), parameter
     base = result_of(sharded, name, worker.CELLS[0][1] if name == "dpo" else stage, accumulation, True, 1)
