@@ -512,6 +512,21 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "bf16_optimizer_states needs bf16_master_weights_and_grads: true beside it.",
         f"{_DS_SOURCE} runtime/precision_config.py",
     ),
+    Constraint(
+        "bf16_masters_need_a_place",
+        "deepspeed.bf16.bf16_master_weights_and_grads",
+        lambda v: (
+            v.ds("bf16.bf16_master_weights_and_grads") is True
+            and (
+                v.ds("optimizer.params.torch_adam") is True
+                if v.ds("zero_optimization.offload_optimizer.device") == "cpu"
+                else v.ds("bf16.bf16_optimizer_states") is not True
+            )
+        ),
+        "bf16_master_weights_and_grads works in two ways: with bf16_optimizer_states: true and everything on the GPU; or with "
+        "zero_optimization.offload_optimizer.device: cpu and DeepSpeed's CPUAdam, so without torch_adam. Write one of them.",
+        f"{_DS_SOURCE} runtime/base_optimizer.py, _configure_master_weights",
+    ),
     # What the exact loss and the update rely on.
     Constraint(
         "mean_allreduce",

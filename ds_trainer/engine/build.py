@@ -198,7 +198,14 @@ def build_engine(
         if (zero.get(what) or {}).get("device") == "nvme":
             build_op("async_io", report)
             break
-    optimizer = build_optimizer(optimizer_kind, model, train, report, lora_plus)
+    optimizer = build_optimizer(
+        optimizer_kind,
+        model,
+        train,
+        report,
+        lora_plus,
+        bf16_states=config.get("bf16", {}).get("bf16_optimizer_states", False),
+    )
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=None if optimizer is not None else parameter_groups(model, train, lora_plus),

@@ -81,9 +81,23 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def build_optimizer(
-    kind: OptimizerKind, model: nn.Module, train: TrainSection, report: Callable[[str], None], lora_plus: float = 1.0
+    kind: OptimizerKind,
+    model: nn.Module,
+    train: TrainSection,
+    report: Callable[[str], None],
+    lora_plus: float = 1.0,
+    *,
+    bf16_states: bool = False,
 ) -> torch.optim.Optimizer | None:
     """Build AdamW over the trainable parameters; None when DeepSpeed builds the optimizer itself.
+
+    Args:
+        kind: which implementation.
+        model: the model.
+        train: learning rate, decay, betas, eps.
+        report: takes a line for the user.
+        lora_plus: see `parameter_groups`.
+        bf16_states: DeepSpeed's `bf16_optimizer_states`, which CPUAdam must be told itself.
 
     Raises:
         BuildError: the implementation has to be compiled and cannot be.
@@ -98,7 +112,9 @@ def build_optimizer(
     if kind == "cpu_adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, adamw_mode=True, fp32_optimizer_states=not bf16_states, **options
+        )
     else:
         from deepspeed.ops.adam import FusedAdam
 

@@ -1,8 +1,8 @@
 """What a save costs: how long training stands still for it, and how fast it reaches the disk.
 
 Bandwidth: each rank writes its state as in a save (`checkpoint.saver`, with hash, fsync, vote and rename), in turns with a
-plain write and fsync of the same bytes by the same ranks to the same disk. Beside it what of a save in the background training
-has to wait for, the copy of the state. All with random numbers as the state.
+plain write and fsync of the same bytes by the same ranks to the same disk; both then remove what they wrote before. Beside it
+what of a save in the background training has to wait for, the copy of the state. All with random numbers as the state.
 Stall: a run of two ranks with a model of 30 M parameters, with and without `checkpoint.background`, by its own events. The
 probe, one forward of a few rows whose loss a resume must find again, is the same for both and shown beside it.
 """
@@ -103,13 +103,14 @@ def child(folder: Path, megabytes: int, repeats: int) -> None:
             saver.poll()
 
         def raw(step: int) -> None:
-            with (folder / f"raw_{rank}").open("wb") as file:
+            with (folder / f"raw_{rank}_{step}").open("wb") as file:
                 for each in slices.values():
                     view = memoryview(each.view(torch.uint8).numpy())
                     for start in range(0, len(view), PIECE):
                         file.write(view[start : start + PIECE])
                 file.flush()
                 os.fsync(file.fileno())
+            (folder / f"raw_{rank}_{step - 1}").unlink(missing_ok=True)  # as a save removes the checkpoint before
 
         def copy(step: int) -> None:
             copies = [each.to("cpu", copy=True) for each in slices.values()]  # all are there at the same time
@@ -123,8 +124,9 @@ def child(folder: Path, megabytes: int, repeats: int) -> None:
                 comm.gather_objects(None)
                 if step > 1:  # the first one warms up
                     took[name].append(time.perf_counter() - begun)
-            (folder / f"raw_{rank}").unlink()
         middle = {name: statistics.median(each) for name, each in took.items()}
+        for left in folder.glob(f"raw_{rank}_*"):
+            left.unlink()
         if rank == 0:
             shutil.rmtree(folder / "saves")
             found = {

@@ -450,7 +450,7 @@ def given(config: Path, *, own_loss: bool, ahead: int) -> tuple[list[Any], list[
     if not own_loss:
         language_model.attach(model, chunked=True)
     model.train()
-    return windows, [sum(each) for each in zip(*gathered, strict=True)], model, parameter_groups(model, train.weight_decay)
+    return windows, [sum(each) for each in zip(*gathered, strict=True)], model, parameter_groups(model, train)
 
 
 def watch_bytes(gate: Gate, engine: Any) -> None:

@@ -238,6 +238,14 @@ EXAMPLES = {
         '"bf16_optimizer_states":',
         ds(bf16={"enabled": True, "bf16_optimizer_states": True, "bf16_master_weights_and_grads": True}),
     ),
+    "bf16_masters_need_a_place": (
+        ds(bf16={"enabled": True, "bf16_master_weights_and_grads": True}),
+        '"bf16_master_weights_and_grads":',
+        ds(
+            bf16={"enabled": True, "bf16_master_weights_and_grads": True},
+            zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        ),
+    ),
     "mean_allreduce": (ds(gradient_allreduce_op="sum"), '"gradient_allreduce_op":', ds(gradient_allreduce_op="mean")),
     "no_prescale": (ds(prescale_gradients=True), '"prescale_gradients":', ds(prescale_gradients=False)),
     "no_predivide": (ds(gradient_predivide_factor=2.0), '"gradient_predivide_factor":', ds(gradient_predivide_factor=1.0)),
