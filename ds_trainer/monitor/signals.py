@@ -113,7 +113,9 @@ class StopRequests:
     def _watch(self, reader: int) -> None:
         while True:
             if select.select([reader], [], [], _POLL_SECONDS)[0]:
-                for number in os.read(reader, 64):
+                # Of signals that were pending together the kernel runs the last one's handler first: Ctrl-C before the
+                # SIGTERM that a launcher made of it.
+                for number in sorted(os.read(reader, 64)):
                     if number in ENDING:
                         self._take(number, in_words(number))
             self._look_around()

@@ -41,7 +41,7 @@ def gathers(probed: bool) -> list[int]:
     language_model.attach(model, chunked=True)
     engine = build_engine(
         model,
-        objective=language_model.nll_sum,
+        objective=language_model.NEXT_TOKEN,
         config=CONFIG,
         optimizer_kind="torch_adamw",
         own_schedule=True,
@@ -60,7 +60,7 @@ def gathers(probed: bool) -> list[int]:
     for step in range(STEPS):
         count[0] = 0
         batch = attention.arrange(micro_batch(step, range(2)), "documents")
-        engine.micro_step(batch, torch.tensor(batch.num_targets))
+        engine.micro_step(batch, torch.tensor([batch.num_targets]))
         engine.end_step()
         found.append(count[0])
     engine.close()

@@ -81,7 +81,7 @@ def run(stage: int, *, tied=False, recompute=False, adapter=None, zero=None) -> 
     language_model.attach(base_of(model), chunked=True)
     engine = build_engine(
         model,
-        objective=language_model.nll_sum,
+        objective=language_model.NEXT_TOKEN,
         config=config,
         optimizer_kind="torch_adamw",
         own_schedule=True,
@@ -94,7 +94,7 @@ def run(stage: int, *, tied=False, recompute=False, adapter=None, zero=None) -> 
         starts = [(m * ranks + rank) * micro for m in range(ACCUMULATION)]
         rows = [parity.micro_batch(step, range(start, start + micro)) for start in starts]
         window = [attention.arrange(each, "documents") for each in rows]
-        num_targets = comm.sum_over_ranks(torch.tensor(sum(batch.num_targets for batch in window)))
+        num_targets = comm.sum_over_ranks(torch.tensor([sum(batch.num_targets for batch in window)]))
         loss = sum(engine.micro_step(batch, num_targets) for batch in window)
         engine.end_step()
         losses.append(float(comm.sum_over_ranks(loss)))
