@@ -57,6 +57,8 @@ def named_paths(resolved: Resolved) -> list[tuple[str, str]]:
     named = {"model.tokenizer": settings.model.tokenizer, "model.path": settings.model.path, "model.config": config}
     paths = [(name, path) for name, path in named.items() if path]
     paths += [("data.sources", source.path) for source in settings.data.sources]
+    if settings.lora is not None and settings.lora.path is not None:
+        paths.append(("adapter.lora.path", settings.lora.path))
     paths += [("evaluate.sources", source.path) for source in (settings.evaluate.sources if settings.evaluate else [])]
     return paths
 
@@ -68,7 +70,11 @@ def on_the_hub(path: str) -> bool:
 
 def missing_files(resolved: Resolved) -> list[str]:
     """What the run file names and this machine does not have: no error, since a check may run elsewhere than the run."""
-    missing = [f"  {name}: {path}" for name, path in named_paths(resolved) if not glob.glob(path) and not on_the_hub(path)]
+    missing = [
+        f"  {name}: {path}"
+        for name, path in named_paths(resolved)
+        if not glob.glob(path) and (name == "adapter.lora.path" or not on_the_hub(path))
+    ]
     return ["", "Not on this machine (paths start from the current folder):", *missing] if missing else []
 
 

@@ -324,8 +324,9 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "one_adapter",
         "adapter",
         lambda v: v.settings.adapter is not None and (v.settings.adapter.lora is None) == (v.settings.adapter.freeze is None),
-        "give one of adapter.lora and adapter.freeze, for example adapter.lora.rank=16 or adapter.freeze.last_layers=4; "
-        "what the run file says of the other goes away with adapter.lora=null or adapter.freeze=null.",
+        "give one of adapter.lora and adapter.freeze, for example adapter.lora.rank=16 or adapter.freeze.last_layers=4. On the "
+        "command line adapter.lora=null (or adapter.freeze=null) takes away what the run file says, and adapter=null trains "
+        "all weights.",
         "one answer to what is trained",
     ),
     Constraint(
@@ -345,7 +346,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "adapter.lora.path",
         lambda v: v.has("adapter.lora.path") and any(v.has(f"adapter.lora.{name}") for name in ADAPTER_SHAPE),
         "the adapter at adapter.lora.path has its own adapter_config.json, which says its rank, alpha, targets and variant. "
-        "Remove these settings beside it: " + ", ".join(f"adapter.lora.{name}" for name in ADAPTER_SHAPE) + ".",
+        "Remove beside it {adapter_shape}; on the command line: adapter.lora=null adapter.lora.path={adapter_path}",
         "peft, PeftConfig.from_pretrained",
     ),
     Constraint(
@@ -662,6 +663,12 @@ def check_constraints(view: View) -> list[Problem]:
         "zero_stage": show(view.find(f"{_ZERO}.stage") or Located(DEFAULT_STAGE, DEFAULT)),
         "schedule_block": view.schedule_block,
         "optimizer": view.ds("optimizer.type"),
+        "adapter_path": view.settings.lora and view.settings.lora.path,
+        "adapter_shape": ", ".join(
+            f"{name} ({node.origin})"
+            for name in (f"adapter.lora.{each}" for each in ADAPTER_SHAPE)
+            if (node := view.find(name)) is not None and node.value is not None
+        ),
     }
     problems = []
     for rule in CONSTRAINTS:

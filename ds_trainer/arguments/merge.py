@@ -71,6 +71,10 @@ def resolve(
     command_line = _command_line(overrides, deepspeed, resume, problems)
     if run is not None:
         for path, node in command_line:
+            below = run.find(path)
+            if node.value == {} and below is not None and below.value:
+                what = f"`{path}={{}}` is laid on top of the block that is there, and changes nothing. "
+                problems.append(Problem(where="command line", what=f"{what}{path}=null takes the block away."))
             run = overlay(run, _nest(path, node))
         stated_json = run.find("deepspeed.config")
     else:

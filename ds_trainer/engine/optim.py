@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -35,12 +35,7 @@ def parameter_groups(model: nn.Module, train: TrainSection, lora_plus: float = 1
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ModelError("no parameter of the model is trainable; check the section `adapter`.")
-    for pattern in train.no_weight_decay:
-        if not any(fnmatchcase(name, pattern) for name in trained):
-            raise ModelError(
-                f"train.no_weight_decay: {pattern} matches no weight that is trained. They have names such as "
-                f"{', '.join(list(trained)[:3])}."
-            )
+    require_trained(train.no_weight_decay, list(trained))
     below = layers_below_the_last([name for name, _ in model.named_parameters()])
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
@@ -62,6 +57,16 @@ def parameter_groups(model: nn.Module, train: TrainSection, lora_plus: float = 1
         }
         for key in sorted(groups, key=place)
     ]
+
+
+def require_trained(no_weight_decay: Iterable[str], trained: Sequence[str]) -> None:
+    """Refuse a pattern of `train.no_weight_decay` that matches no name of a trained weight."""
+    for pattern in no_weight_decay:
+        if not any(fnmatchcase(name, pattern) for name in trained):
+            raise ModelError(
+                f"train.no_weight_decay: {pattern} matches no weight that is trained. They have names such as "
+                f"{', '.join(trained[:3])}."
+            )
 
 
 def layers_below_the_last(names: list[str]) -> dict[str, int]:

@@ -53,6 +53,11 @@ def recompute_activations(model: Any, policy: Recompute, *, offload: bool) -> No
             f"model.gradient_checkpointing = {policy}: the layers of {type(model).__name__} cannot be told apart. "
             "Write `true`, which computes all of them again."
         )
+    if policy > len(found[2]):
+        raise ModelError(
+            f"model.gradient_checkpointing = {policy} computes every {policy}th layer again, and {type(model).__name__} has "
+            f"{len(found[2])} layers. Write a number from 2 to {len(found[2])}, or `true` for all of them."
+        )
     for index, layer in enumerate(found[2]):
         layer.gradient_checkpointing = index % policy == 0  # type: ignore[assignment]
 

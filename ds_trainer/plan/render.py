@@ -143,8 +143,9 @@ def _table(parts: Parts, total: float) -> list[str]:
 def _steps(plan: Plan) -> list[str]:
     length, train = plan.length, plan.resolved.settings.train
     lines = [f"batch    {plan.batch}"]
+    forwards = plan.batch.gradient_accumulation_steps
     lines.append(
-        f"step     {plan.batch.gradient_accumulation_steps} forwards a rank; {length.positions_per_step:,} positions"
+        f"step     {forwards} forward{'s' if forwards > 1 else ''} a rank; {length.positions_per_step:,} positions"
         + (f", {length.tokens_per_step:,.0f} tokens of data" if length.fill < 1 else "")
     )
     if length.max_steps is not None:
@@ -157,9 +158,8 @@ def _steps(plan: Plan) -> list[str]:
         share = f" ({length.warmup_steps / length.max_steps:.1%})" if length.max_steps else ""
         lines.append(run + f"; warm-up {length.warmup_steps:,} steps{share}")
     else:
-        lines.append(
-            f"run      {train.epochs or 1:g} epochs, in steps once the data is counted; warm-up {length.warmup_steps:,} steps"
-        )
+        epochs = "1 epoch" if train.epochs in (None, 1) else f"{train.epochs:g} epochs"
+        lines.append(f"run      {epochs}, in steps once the data is counted; warm-up {length.warmup_steps:,} steps")
     return lines
 
 

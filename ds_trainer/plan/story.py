@@ -14,6 +14,7 @@ from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.engine_config import build_engine_config, hidden_size_of, optimizer_kind, solve_run_batch
 from ds_trainer.arguments.merge import Resolved, resolve
 from ds_trainer.arguments.objective import reference_is_base
+from ds_trainer.engine.optim import require_trained
 from ds_trainer.errors import ModelError, RefusedError
 from ds_trainer.model import load
 from ds_trainer.model.attention import choose_attention
@@ -114,6 +115,7 @@ def make_plan(request: Request) -> Plan:
     model = settings.model.model_dump_json()
     adapter = settings.adapter.model_dump_json() if settings.adapter else "null"
     shape = read_shape(model, adapter, settings.train.precision)
+    require_trained(settings.train.no_weight_decay, [each.name for each in shape.weights if each.trained])
     engine = build_engine_config(
         resolved,
         batch,

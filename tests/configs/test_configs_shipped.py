@@ -10,6 +10,7 @@ import pytest
 from ds_trainer.arguments.deepspeed_keys import validate_blocks
 from ds_trainer.arguments.engine_config import build_engine_config, offload_device, solve_run_batch, zero_stage
 from ds_trainer.arguments.merge import resolve
+from ds_trainer.cli import main
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,16 @@ EXPECTED = {
     "zero3": (3, "none", "none"),
     "zero3_offload": (3, "cpu", "cpu"),
     "zero3_nvme": (3, "nvme", "nvme"),
+}
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
 }
 
 
@@ -81,3 +92,13 @@ def test_deepspeed_takes_every_combination(example, json_file, precision, device
         assert (zero.prefetch_bucket_size, zero.param_persistence_threshold) == (int(0.9 * 192 * 192), 10 * 192)
     written = json.loads(json_file.read_text())
     assert taken.zero_config.model_fields_set >= {key for key in written["zero_optimization"] if not key.startswith("stage3_")}
+
+
+@pytest.mark.parametrize(("name", "nodes", "gpus"), [("lora", 1, 1), ("sft", 1, 8), ("dpo", 8, 8)])
+def test_the_examples_of_an_8b_model_fit_the_gpus_they_are_for(name, nodes, gpus, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    words = ["plan", "--config", f"examples/llama_8b_{name}.yaml", "--nodes", str(nodes), "--gpus", str(gpus)]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--gpu-memory", "80GiB", "--json", f"model.path={tmp_path}"])
+    assert left.value.code == 0, "8 when it does not fit"
+    assert json.loads(capsys.readouterr().out)["model"]["parameters"] >= 8_030_261_248

@@ -56,6 +56,8 @@ def test_check_lists_what_is_not_on_this_machine(capsys, run_file):
     assert "Not on this machine" in text
     assert "  model.path: ./nowhere\n" in text
     assert "  data.sources: texts_of_tomorrow.jsonl" in text
+    code, text = said(capsys, "check", "--static", "--config", str(path), "adapter.lora.path=owner/adapter")
+    assert "  adapter.lora.path: owner/adapter\n" in text, "never on the hub"
 
 
 def test_the_debugger_opens_after_the_error_was_told_and_the_code_stays(run_file, tmp_path):

@@ -446,6 +446,10 @@ def test_the_last_of_two_overrides_holds_and_blocks_are_merged(files):
     lora = resolved.settings.adapter.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (4, 8, 0.1)
     assert files.resolve("adapter=null").settings.adapter is None
+    assert files.problems("adapter={}") == [
+        "command line: `adapter={}` is laid on top of the block that is there, and changes nothing. "
+        "adapter=null takes the block away."
+    ]
 
 
 def test_resume_of_the_command_line_overrules_with_its_own_origin(files):

@@ -53,6 +53,8 @@ def test_only_every_second_layer_is_computed_again():
     model = load.build_model(AutoConfig.for_model("llama", **FIELDS, num_hidden_layers=5), precision="fp32", attention="sdpa")
     load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=2, seed=0)
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False, True]
+    with pytest.raises(ModelError, match="= 6 computes every 6th layer again, and LlamaForCausalLM has 5 layers"):
+        load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=6, seed=0)
 
 
 def test_layers_that_cannot_be_told_apart_are_refused_in_words(monkeypatch):

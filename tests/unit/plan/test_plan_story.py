@@ -249,6 +249,7 @@ def test_the_command_says_what_fits_and_exits_with_8_when_it_does_not(config_fil
         (["--gpus", "2", "--price", "2"], "--price needs --tflops"),
         (["--gpus", "3"], "is not a multiple of micro_batch_size 1 x 3 ranks = 3"),
         (["--gpus", "2", "train.max_stepz=3"], "max_stepz"),
+        (["--gpus", "2", "train.no_weight_decay=[head.*]"], "head.* matches no weight that is trained"),
     ],
 )
 def test_bad_requests_are_refused_in_words(config_file, capsys, words, said):
