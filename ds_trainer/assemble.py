@@ -279,7 +279,9 @@ def reference_of(prepared: Prepared, report: Report) -> reference.Reference:
     config = prepared.engine_config.config
     with sharded_construction(config):
         model = complete(prepared, construct(prepared, report))
-        if adapter and adapter.lora:  # an adapter that was there before the run is a part of what was there before it
+        if (
+            adapter and adapter.lora and adapter.lora.path
+        ):  # an adapter that was there before the run is a part of what was there before it
             model = adapted(prepared, model)
     attach(prepared, base_of(model))
     where = "sharded as the model is" if config["zero_optimization"]["stage"] == 3 else "whole on every rank"

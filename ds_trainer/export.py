@@ -23,7 +23,7 @@ from ds_trainer.data.prepare import prepare_rows
 from ds_trainer.data.render import effective_chat_template
 from ds_trainer.errors import CheckpointError, ModelError, RefusedError
 from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_adapter
+from ds_trainer.model.adapter import add_adapter, in_place_of, initial_of, rank_dim
 from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.objectives.chunked_head import plain_log_probs, plain_nll_sum
 from ds_trainer.objectives.pairs import chosen_and_rejected, sums_of_sequences
@@ -57,8 +57,8 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RefusedError(f"--to {to}: exists and is not empty. Remove it, or write for example --to {to}-2.")
     settings = RunSettings.model_validate(found.manifest["settings"])
-    lora = settings.lora is not None
-    if merge and not lora:
+    beside = settings.adapter is not None and settings.adapter.beside is not None
+    if merge and not beside:
         raise RefusedError(f"{run} trained the model's own weights: there is no adapter to merge. Leave --merge out.")
     precision = precision or settings.train.precision
     partial = to.parent / f".partial-{to.name}"
@@ -79,7 +79,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
             write(model.to(getattr(torch, DTYPES[precision])), settings, partial, precision)
             del model
         write_tokenizer(tokenizer, settings, partial)
-        reloaded = reload(partial, settings, adapter=lora and not merge, precision=precision)
+        reloaded = reload(partial, settings, adapter=beside and not merge, precision=precision)
         verify(reloaded, tokenizer, found, settings, precision, report)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -89,7 +89,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     if to.exists():
         to.rmdir()
     partial.rename(to)
-    kind = "adapter" if lora and not merge else "model"
+    kind = "adapter" if beside and not merge else "model"
     rows = found.manifest["probe"]["rows"]
     what = "its loss" if settings.train.stage not in PAIR_STAGES else "what it makes of the answers"
     report(f"the {kind} is in {to}; {what} on {rows} rows agrees with the training engine's")
@@ -212,13 +212,27 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
         new_head = partial(load.initialize_value_head, seed=settings.train.seed) if has_value_head(settings) else None
         model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa", new_head=new_head)
         grow_vocabulary(model, settings, tokenizer)
-        model = add_adapter(model, settings.adapter, settings.train.seed, value_head=has_value_head(settings))
+        adapter = settings.adapter
+        if settings.lora is not None and settings.lora.init != "zero":
+            adapter = adapter.model_copy(update={"lora": in_place_of(settings.lora)})
+        model = add_adapter(model, adapter, settings.train.seed, value_head=has_value_head(settings))
     reader = found.slices()
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    require_weights(reader, {name: parameter.shape for name, parameter in wanted.items()}, found)
+    doubled = [name for name in wanted if reader.numel(initial_of(name), "buffer") is not None]
+    shapes = {
+        name: parameter.chunk(2, dim=rank_dim(name))[0].shape if name in doubled else parameter.shape
+        for name, parameter in wanted.items()
+    }
+    require_weights(reader, shapes, found)
     with torch.no_grad():
         for name, parameter in wanted.items():
-            reader.read(name, "fp32", 0, parameter.view(-1))
+            value = torch.empty(shapes[name])
+            reader.read(name, "fp32", 0, value.view(-1))
+            if name in doubled:
+                initial = torch.empty(shapes[name])
+                reader.read(initial_of(name), "buffer", 0, initial.view(-1))
+                value = torch.cat([value, initial if rank_dim(name) == 0 else -initial], dim=rank_dim(name))
+            parameter.copy_(value)
         for name, value in model.named_buffers():
             reader.read(name, "buffer", 0, value.view(-1))
     model.config.use_cache = True

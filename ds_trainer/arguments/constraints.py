@@ -17,7 +17,7 @@ from ds_trainer.arguments.sources import DEFAULT, Located
 from ds_trainer.errors import Problem
 
 DEFAULT_STAGE = 2
-ADAPTER_SHAPE = ("rank", "alpha", "target_modules", "rslora", "dora", "modules_to_save")
+ADAPTER_SHAPE = ("rank", "alpha", "target_modules", "init", "rslora", "dora", "modules_to_save")
 """Settings of `adapter.lora` that an existing adapter answers itself."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """What each precision holds the weights in, by torch's names."""
@@ -323,9 +323,12 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(
         "one_adapter",
         "adapter",
-        lambda v: v.settings.adapter is not None and (v.settings.adapter.lora is None) == (v.settings.adapter.freeze is None),
-        "give one of adapter.lora and adapter.freeze, for example adapter.lora.rank=16 or adapter.freeze.last_layers=4. On the "
-        "command line adapter.lora=null (or adapter.freeze=null) takes away what the run file says, and adapter=null trains "
+        lambda v: (
+            v.settings.adapter is not None
+            and sum(getattr(v.settings.adapter, name) is not None for name in type(v.settings.adapter).model_fields) != 1
+        ),
+        "give one of lora, ia3, vera, oft and freeze, for example adapter.lora.rank=16 or adapter.freeze.last_layers=4. On the "
+        "command line adapter.lora=null (and so on) takes away what the run file says, and adapter=null trains "
         "all weights.",
         "one answer to what is trained",
     ),
@@ -348,6 +351,26 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "the adapter at adapter.lora.path has its own adapter_config.json, which says its rank, alpha, targets and variant. "
         "Remove beside it {adapter_shape}; on the command line: adapter.lora=null adapter.lora.path={adapter_path}",
         "peft, PeftConfig.from_pretrained",
+    ),
+    Constraint(
+        "init_is_not_for_dora",
+        "adapter.lora.init",
+        lambda v: v.settings.lora is not None and v.settings.lora.init != "zero" and v.settings.lora.dora,
+        "adapter.lora.init takes a part out of the base, and adapter.lora.dora would train lengths of the whole weight. "
+        "Remove one of them.",
+        "model/adapter.py",
+    ),
+    Constraint(
+        "feedforward_modules_are_targets",
+        "adapter.ia3.feedforward_modules",
+        lambda v: (
+            v.settings.adapter is not None
+            and v.settings.adapter.ia3 is not None
+            and not set(v.settings.adapter.ia3.feedforward_modules) <= set(v.settings.adapter.ia3.target_modules)
+        ),
+        "adapter.ia3.feedforward_modules says of which of adapter.ia3.target_modules the input is scaled, and names others. "
+        "Name them in both lists.",
+        "peft 0.21, IA3Config",
     ),
     Constraint(
         "rates_by_group_need_our_schedule",

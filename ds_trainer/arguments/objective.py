@@ -28,6 +28,9 @@ def numbers_of(settings: RunSettings) -> dict[str, Any]:
 def reference_is_base(adapter: AdapterSection | None) -> bool:
     """Whether the model before the run is the base of its adapter, and so needs no copy.
 
-    Where an adapter is trained further it is not, and where a part of the weights is trained there is no base beside it.
+    Where an adapter is trained further it is not, nor where one takes something out of the base; and where a part of the
+    weights is trained there is no base beside it.
     """
-    return adapter is not None and adapter.lora is not None and adapter.lora.path is None
+    if adapter is None or adapter.beside is None:
+        return False
+    return adapter.lora is None or (adapter.lora.path is None and adapter.lora.init == "zero")

@@ -16,6 +16,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
+TargetModules = Literal["all-linear"] | Annotated[list[NonEmptyText], Field(min_length=1)]
+"""Names (or ends of names) of linear layers; `all-linear` takes all but the head."""
 Recompute = bool | Annotated[int, Field(ge=2)] | Literal["selective"]
 """Which activations the backward pass computes again: none, those of every layer, of every n-th layer, the cheap ones."""
 
@@ -65,8 +67,11 @@ class LoraSection(Section):
     """The added product is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the input of the added matrices."""
-    target_modules: Literal["all-linear"] | Annotated[list[NonEmptyText], Field(min_length=1)] = "all-linear"
+    target_modules: TargetModules = "all-linear"
     """Names (or ends of names) of the linear layers that get an adapter; `all-linear` takes all but the head."""
+    init: Literal["zero", "pissa", "olora"] = "zero"
+    """`zero`: the second matrix begins at zero. `pissa`, `olora`: both begin with the main part of the weight, which is taken
+    out of the base."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that a higher rank does not learn more slowly."""
     dora: bool = False
@@ -75,6 +80,35 @@ class LoraSection(Section):
     """LoRA+: the learning rate of the second matrix (B) is that of the first times this; its authors use 16."""
     modules_to_save: list[NonEmptyText] = []
     """Names (or ends of names) of modules that are trained whole beside the adapter, such as `embed_tokens` and `lm_head`."""
+
+
+class Ia3Section(Section):
+    """(IA)3: a vector beside each chosen linear layer scales its output, or in feed-forward layers its input."""
+
+    target_modules: Annotated[list[NonEmptyText], Field(min_length=1)] = ["k_proj", "v_proj", "down_proj"]
+    """Names (or ends of names) of the linear layers that get a vector."""
+    feedforward_modules: list[NonEmptyText] = ["down_proj"]
+    """Those of them whose input is scaled."""
+
+
+class VeraSection(Section):
+    """VeRA: two random matrices that all layers share stay as they are, and two vectors a layer are trained."""
+
+    rank: PositiveInt = 256
+    """Inner dimension of the random matrices; larger than LoRA's."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the input of the matrices."""
+    target_modules: TargetModules = "all-linear"
+    """Names (or ends of names) of the linear layers that get vectors; `all-linear` takes all but the head."""
+
+
+class OftSection(Section):
+    """OFT: the input of each chosen linear layer is rotated, block by block."""
+
+    block_size: Annotated[int, Field(ge=2)] = 32
+    """Features that are rotated together; divides the number of inputs of every chosen layer."""
+    target_modules: TargetModules = "all-linear"
+    """Names (or ends of names) of the linear layers whose input is rotated; `all-linear` takes all but the head."""
 
 
 class FreezeSection(Section):
@@ -91,8 +125,19 @@ class AdapterSection(Section):
 
     lora: LoraSection | None = None
     """Low-rank adaptation."""
+    ia3: Ia3Section | None = None
+    """Vectors that scale."""
+    vera: VeraSection | None = None
+    """Vectors beside shared random matrices."""
+    oft: OftSection | None = None
+    """Rotations."""
     freeze: FreezeSection | None = None
     """A part of the weights."""
+
+    @property
+    def beside(self) -> LoraSection | Ia3Section | VeraSection | OftSection | None:
+        """What puts new weights beside a frozen base; None where weights of the model itself are trained."""
+        return self.lora or self.ia3 or self.vera or self.oft
 
 
 class Source(Section):

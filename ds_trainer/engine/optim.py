@@ -41,7 +41,8 @@ def parameter_groups(model: nn.Module, train: TrainSection, lora_plus: float = 1
     for name, parameter in trained.items():
         factor = train.layer_learning_rate_decay ** below[name] * (lora_plus if ".lora_B." in name else 1.0)
         # Under ZeRO-3 a sharded parameter is flat or empty; `ds_shape` is its true shape.
-        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        # The vectors of (IA)3 have two dimensions, one of them 1.
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and ".ia3_l." not in name
         decays = is_matrix and not any(fnmatchcase(name, pattern) for pattern in train.no_weight_decay)
         groups.setdefault((factor, decays), []).append(parameter)
 

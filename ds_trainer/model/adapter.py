@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection
 from ds_trainer.errors import ModelError
@@ -42,34 +44,16 @@ def add_adapter(
         if value_head:
             model.score.requires_grad_(True)
         return model
-    assert adapter.lora is not None  # a constraint of the settings
-    return add_lora(model, adapter.lora, seed, gather, value_head=value_head)
+    from peft import get_peft_model
 
-
-def add_lora(model: Any, lora: LoraSection, seed: int, gather: Gather | None = None, *, value_head: bool = False) -> Any:
-    """Freeze the model and put LoRA matrices beside its linear layers; see `add_adapter`."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    if lora.path is not None:
-        config: Any = existing_config(Path(lora.path))
-        config.lora_dropout = lora.dropout
-    else:
-        config = LoraConfig(
-            task_type=TaskType.SEQ_CLS if value_head else TaskType.CAUSAL_LM,
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            use_rslora=lora.rslora,
-            use_dora=lora.dora,
-            modules_to_save=lora.modules_to_save or None,
-        )
+    config, where = peft_config(adapter, seed, value_head=value_head)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    where = "adapter.lora.target_modules" if lora.path is None else f"{lora.path}/adapter_config.json: target_modules"
     # peft makes a set of a list; a text is all-linear or a regular expression of an existing adapter.
     if not isinstance(config.target_modules, str):
-        require_matches(where, sorted(config.target_modules), linear, "linear layer", "; or write all-linear")
-    if lora.modules_to_save:
+        advice = "" if adapter.ia3 else "; or write all-linear"
+        require_matches(where, sorted(config.target_modules), linear, "linear layer", advice)
+    lora = adapter.lora
+    if lora and lora.modules_to_save:
         modules = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
         require_matches("adapter.lora.modules_to_save", lora.modules_to_save, modules, "module with weights of its own", "")
         require_untied(model, lora.modules_to_save)
@@ -79,9 +63,132 @@ def add_lora(model: Any, lora: LoraSection, seed: int, gather: Gather | None = N
         built = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ModelError(f"{where}: {error}") from None
-    if lora.path is not None:
+    if adapter.oft:
+        require_blocks(built, adapter.oft.block_size)
+    if lora and lora.path is not None:
         load_adapter(built, Path(lora.path), gather)
+    elif lora and lora.init != "zero":
+        take_from_base(built, lora.init, gather)
     return built
+
+
+def peft_config(adapter: AdapterSection, seed: int, *, value_head: bool) -> tuple[Any, str]:
+    """What peft is told of an adapter, and the setting that names its layers.
+
+    Raises:
+        ModelError: an existing adapter cannot be read.
+    """
+    from peft import IA3Config, LoraConfig, OFTConfig, TaskType, VeraConfig
+
+    task = TaskType.SEQ_CLS if value_head else TaskType.CAUSAL_LM
+    if (lora := adapter.lora) is not None:
+        if lora.path is not None:
+            config = existing_config(Path(lora.path))
+            config.lora_dropout = lora.dropout
+            return config, f"{lora.path}/adapter_config.json: target_modules"
+        config = LoraConfig(
+            task_type=task,
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            modules_to_save=lora.modules_to_save or None,
+        )
+        return config, "adapter.lora.target_modules"
+    if (ia3 := adapter.ia3) is not None:
+        config = IA3Config(task_type=task, target_modules=ia3.target_modules, feedforward_modules=ia3.feedforward_modules)
+        return config, "adapter.ia3.target_modules"
+    if (vera := adapter.vera) is not None:
+        config = VeraConfig(
+            task_type=task,
+            r=vera.rank,
+            vera_dropout=vera.dropout,
+            target_modules=vera.target_modules,
+            projection_prng_key=seed,
+        )
+        return config, "adapter.vera.target_modules"
+    assert adapter.oft is not None  # a constraint of the settings
+    config = OFTConfig(task_type=task, oft_block_size=adapter.oft.block_size, target_modules=adapter.oft.target_modules)
+    return config, "adapter.oft"
+
+
+@torch.no_grad()
+def take_from_base(model: Any, init: str, gather: Gather | None) -> None:
+    """Let the matrices of a new LoRA begin with the main part of each weight, and take that out of the base.
+
+    What they begin with is kept beside them in buffers, and so in checkpoints: `in_place_of` makes the adapter one of the
+    untouched base again. Collective where weights are sharded.
+
+    Raises:
+        ModelError: the rank is above that of a weight.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight: Any = layer.get_base_layer().weight
+        first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        scale = layer.scaling["default"]
+        with gather([weight, first, second]) if gather else nullcontext():
+            if len(first) > min(weight.shape):
+                raise ModelError(
+                    f"adapter.lora.init = {init}: {name} has a weight of {tuple(weight.shape)}, which is of rank "
+                    f"{min(weight.shape)} at most. Set adapter.lora.rank to {min(weight.shape)} or less."
+                )
+            if not weight.is_meta:
+                for each, value in zip((first, second), main_part(weight.float(), len(first), init, scale), strict=True):
+                    each.copy_(value)
+                weight.copy_(weight.float() - scale * (second.float() @ first.float()))
+        with gather([first, second]) if gather else nullcontext():  # the same on every rank
+            layer.register_buffer("initial_A", first.clone())
+            layer.register_buffer("initial_B", second.clone())
+
+
+def main_part(weight: Tensor, rank: int, init: str, scale: float) -> tuple[Tensor, Tensor]:
+    """The two matrices (A, B) a LoRA begins with: (rank, in) and (out, rank).
+
+    `pissa`: the largest singular values s of W = U diag(s) V', as scale * B A = U_r diag(s_r) V_r', found by a randomized
+    decomposition. Source: Meng, Wang and Zhang 2024, "PiSSA: principal singular values and singular vectors adaptation".
+    `olora`: the first columns of Q and rows of R of W = Q R. Source: Büyükakyüz 2024, "OLoRA: orthonormal
+    low-rank adaptation".
+
+    Args:
+        weight: (out, in), fp32.
+        rank: r, at most min(out, in).
+        init: `pissa` or `olora`.
+        scale: what LoRA multiplies the product with.
+    """
+    if init == "olora":
+        q, r = torch.linalg.qr(weight)
+        return r[:rank], q[:, :rank]
+    u, s, v = torch.svd_lowrank(weight, q=min(rank + _OVERSAMPLED, *weight.shape), niter=_SVD_ITERATIONS)
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * v[:, :rank].T, u[:, :rank] * root
+
+
+_OVERSAMPLED, _SVD_ITERATIONS = 8, 16
+
+
+def in_place_of(lora: LoraSection) -> LoraSection:
+    """The plain LoRA that does on the untouched base what one with `init` does on the changed one.
+
+    W - k B0 A0 + k B A = W + k [B, -B0] [A; A0]: of twice the rank, with the same k.
+    """
+    alpha = lora.alpha * (math.sqrt(2) if lora.rslora else 2)
+    return lora.model_copy(update={"init": "zero", "rank": 2 * lora.rank, "alpha": alpha})
+
+
+def initial_of(name: str) -> str:
+    """The buffer that `take_from_base` keeps of a matrix of LoRA; a name that no buffer has where it is none."""
+    return re.sub(r"\.lora_([AB])\.default\.weight$", r".initial_\1", name)
+
+
+def rank_dim(name: str) -> int:
+    """Which dimension of a matrix of LoRA is the rank: A is (rank, in), B is (out, rank)."""
+    return 0 if ".lora_A." in name else 1
 
 
 def existing_config(folder: Path) -> Any:
@@ -102,8 +209,14 @@ def existing_config(folder: Path) -> Any:
         raise ModelError(f"adapter.lora.path = {folder}: its adapter_config.json cannot be read ({error}).") from None
     if not isinstance(config, LoraConfig):
         raise ModelError(f"adapter.lora.path = {folder}: is an adapter of type {config.peft_type.value}, not LoRA.")
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("gaussian", "orthogonal", "eva"):
+        raise ModelError(
+            f"adapter.lora.path = {folder}: began with `{config.init_lora_weights}`, which took a part out of its base, so "
+            "that it does not fit the base as it is published. Let peft write it for the untouched base: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
     config.inference_mode = False
-    config.init_lora_weights = True  # they are read; others would change the base
+    config.init_lora_weights = True  # they are read
     return config
 
 
@@ -170,6 +283,17 @@ def freeze(model: Any, wanted: FreezeSection) -> None:
         chosen.update(name for name, parameter in model.named_parameters() if id(parameter) in last)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
+
+
+def require_blocks(model: Any, block_size: int) -> None:
+    """Refuse a size of blocks that peft 0.21 would change (tuners/oft/layer.py, `update_layer`)."""
+    for name, layer in model.named_modules():
+        taken = getattr(layer, "oft_block_size", {}).get("default", block_size)
+        if taken != block_size:
+            raise ModelError(
+                f"adapter.oft.block_size = {block_size} does not divide the {layer.in_features} inputs of {name}. "
+                f"Write {taken}, if it divides those of all layers, or choose layers with adapter.oft.target_modules."
+            )
 
 
 def require_matches(where: str, wanted: Iterable[str], names: list[str], kind: str, advice: str) -> None:

@@ -178,7 +178,7 @@ def child_bare(job: dict[str, Any], clock: Clock) -> None:
     from ds_trainer.engine.optim import parameter_groups
     from ds_trainer.launch.detect import detect_launch
     from ds_trainer.model import attention, load
-    from ds_trainer.model.adapter import add_lora, base_of
+    from ds_trainer.model.adapter import add_adapter, base_of
     from ds_trainer.objectives import language_model
     from ds_trainer.state import TrainState
 
@@ -193,7 +193,7 @@ def child_bare(job: dict[str, Any], clock: Clock) -> None:
                 model, tokens=0, resize=False, gradient_checkpointing=settings.model.gradient_checkpointing, seed=0
             )
             if settings.adapter:
-                model = add_lora(model, settings.adapter.lora, settings.train.seed)
+                model = add_adapter(model, settings.adapter, settings.train.seed)
         language_model.attach(base_of(model), chunked=settings.model.chunked_loss)
         groups = parameter_groups(model, settings.train)
         options: dict[str, Any] = {"lr": settings.train.learning_rate, "betas": tuple(settings.train.betas)}

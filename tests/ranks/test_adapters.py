@@ -12,7 +12,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 WORKER = Path(__file__).parent / "workers" / "layouts.py"
-ADAPTERS = ("rslora", "dora", "loraplus", "whole", "further", "last")  # plain LoRA: test_layouts.py
+ADAPTERS = (
+    "rslora",
+    "dora",
+    "loraplus",
+    "pissa",
+    "olora",
+    "whole",
+    "further",
+    "ia3",
+    "vera",
+    "oft",
+    "last",
+)  # plain LoRA: test_layouts.py
 LAYOUTS = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
@@ -22,7 +34,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_an_adapter(folder / "adapter")
     tasks = [f"save:{layout}_{adapter}" for adapter in ADAPTERS for layout in LAYOUTS]
     tasks += [f"resume:zero2_{adapter}_of_2:{layout}_{adapter}" for adapter in ADAPTERS for layout in ("zero2", "zero3")]
-    done = run_command(torchrun(2, str(WORKER), str(folder), *tasks), cwd=folder, timeout=240)
+    done = run_command(torchrun(2, str(WORKER), str(folder), *tasks), cwd=folder, timeout=480)
     assert done.code == 0, done.text[-3000:]
     return folder
 

@@ -46,6 +46,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"lora": {"rank": 4, "dora": True}},
     "loraplus": {"lora": {"rank": 4, "learning_rate_ratio": 2.0}},
     "whole": {"lora": {"rank": 4, "modules_to_save": ["embed_tokens", "lm_head"]}},
+    "pissa": {"lora": {"rank": 4, "init": "pissa"}},
+    "olora": {"lora": {"rank": 4, "init": "olora"}},
+    "ia3": {"ia3": {}},
+    "vera": {"vera": {"rank": 16}},
+    "oft": {"oft": {}},
     "further": {"lora": {"path": str(FOLDER / "adapter")}},
     "last": {"freeze": {"last_layers": 1, "train": ["lm_head.*"]}},
 }

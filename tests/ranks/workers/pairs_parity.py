@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from ds_trainer import comm
-from ds_trainer.arguments.schema import LoraSection, TrainSection
+from ds_trainer.arguments.schema import AdapterSection, LoraSection, TrainSection
 from ds_trainer.engine.build import build_engine, freeze, gather, prepare_deepspeed, sharded_construction
 from ds_trainer.model import attention, load
-from ds_trainer.model.adapter import add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.objectives import dpo, language_model, orpo, reference, reward, simpo
 from ds_trainer.protocols import IGNORED, MicroBatch
 
@@ -98,7 +98,7 @@ def run(name: str, stage: int, accumulation: int, packed: bool) -> dict[str, tor
     with sharded_construction(config):
         model = build_model(0, gathering, value_head=value_head)
         if adapted:
-            model = add_lora(model, LoraSection(rank=4), 0)
+            model = add_adapter(model, AdapterSection(lora=LoraSection(rank=4)), 0)
     if value_head:
         reward.attach(model)
     else:

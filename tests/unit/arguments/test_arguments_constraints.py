@@ -162,6 +162,16 @@ EXAMPLES = {
         '"path": "out/a"',
         run(adapter__lora={"path": "out/a", "dropout": 0.1}),
     ),
+    "init_is_not_for_dora": (
+        run(adapter__lora={"init": "pissa", "dora": True}),
+        '"init":',
+        run(adapter__lora={"init": "pissa", "rslora": True}),
+    ),
+    "feedforward_modules_are_targets": (
+        run(adapter__ia3={"target_modules": ["k_proj"], "feedforward_modules": ["up_proj"]}),
+        '"feedforward_modules":',
+        run(adapter__ia3={}),
+    ),
     "rates_by_group_need_our_schedule": (
         ds({"train__layer_learning_rate_decay": 0.9}, scheduler={"type": "WarmupLR"}),
         '"scheduler":',

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection, ModelSection
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
-from ds_trainer.model.adapter import add_adapter, add_lora, base_of
+from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.objectives.language_model import attach
 
 FIELDS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -111,11 +111,11 @@ def test_resizing_adds_rows_and_keeps_the_others():
 
 def test_lora_targets_must_all_match():
     with pytest.raises(ModelError, match=r"qproj matches no linear layer.*q_proj"):
-        add_lora(build(), LoraSection(target_modules=["v_proj", "qproj"]), 0)
+        add_adapter(build(), AdapterSection(lora=LoraSection(target_modules=["v_proj", "qproj"])), 0)
 
 
 def test_lora_trains_its_matrices_only():
-    model = add_lora(build(), LoraSection(rank=4), 0)
+    model = add_adapter(build(), AdapterSection(lora=LoraSection(rank=4)), 0)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
@@ -151,12 +151,12 @@ def test_what_shall_be_trained_must_be_there(freeze, words):
 
 def test_an_adapter_goes_on_from_what_was_saved(tmp_path):
     wanted = LoraSection(rank=3, rslora=True, dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    first = add_lora(build(), wanted, 0)
+    first = add_adapter(build(), AdapterSection(lora=wanted), 0)
     for parameter in first.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
     first.save_pretrained(tmp_path)
-    second = add_lora(build(), LoraSection(path=str(tmp_path)), 1)
+    second = add_adapter(build(), AdapterSection(lora=LoraSection(path=str(tmp_path))), 1)
     assert second.peft_config["default"].use_rslora
     saved = {name: each for name, each in first.named_parameters() if each.requires_grad}
     assert saved.keys() == set(trained_names(second))
@@ -175,10 +175,10 @@ def test_an_adapter_goes_on_from_what_was_saved(tmp_path):
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, words):
-    add_lora(build(), LoraSection(rank=3, target_modules=["q_proj"]), 0).save_pretrained(tmp_path)
+    add_adapter(build(), AdapterSection(lora=LoraSection(rank=3, target_modules=["q_proj"])), 0).save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(ModelError, match=words):
-        add_lora(build(), LoraSection(path=str(tmp_path)), 0)
+        add_adapter(build(), AdapterSection(lora=LoraSection(path=str(tmp_path))), 0)
 
 
 def rewrite(folder, change):
@@ -189,10 +189,10 @@ def rewrite(folder, change):
 
 def test_a_whole_module_beside_the_adapter_must_be_there_and_untied():
     with pytest.raises(ModelError, match=r"modules_to_save: head matches no module .* lm_head"):
-        add_lora(build(), LoraSection(modules_to_save=["head"]), 0)
+        add_adapter(build(), AdapterSection(lora=LoraSection(modules_to_save=["head"])), 0)
     with pytest.raises(ModelError, match=r"embed_tokens shares its weight .*tie_word_embeddings"):
-        add_lora(build(tie_word_embeddings=True), LoraSection(modules_to_save=["embed_tokens"]), 0)
-    model = add_lora(build(), LoraSection(modules_to_save=["embed_tokens", "lm_head"]), 0)
+        add_adapter(build(tie_word_embeddings=True), AdapterSection(lora=LoraSection(modules_to_save=["embed_tokens"])), 0)
+    model = add_adapter(build(), AdapterSection(lora=LoraSection(modules_to_save=["embed_tokens", "lm_head"])), 0)
     whole = [name for name in trained_names(model) if "lora_" not in name]
     assert whole == [f"base_model.model.{each}.modules_to_save.default.weight" for each in ("model.embed_tokens", "lm_head")]
     assert attach(base_of(model), chunked=True) == "head and loss in chunks of targets"

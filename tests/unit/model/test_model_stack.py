@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ds_trainer.arguments.schema import LoraSection
+from ds_trainer.arguments.schema import AdapterSection, LoraSection
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
-from ds_trainer.model.adapter import add_lora
+from ds_trainer.model.adapter import add_adapter
 
 FIELDS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 POLICIES = [True, 2, 3, "selective"]
@@ -20,7 +20,7 @@ def gradients(policy, *, offload=False, lora=None, attention="sdpa"):
     load.initialize_weights(model, 0)
     load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=policy, seed=0, offload_activations=offload)
     if lora:
-        model = add_lora(model, lora, 0)
+        model = add_adapter(model, AdapterSection(lora=lora), 0)
         torch.manual_seed(1)
         for name, each in model.named_parameters():
             if "lora_B" in name:

@@ -221,8 +221,8 @@ def test_sums_of_sequences_are_exact_where_fp32_would_lose_them():
 
 
 def test_the_base_of_an_adapter_is_the_reference_that_a_frozen_copy_is_and_dropout_leaves_both_alone():
-    from ds_trainer.arguments.schema import LoraSection
-    from ds_trainer.model.adapter import add_lora, base_of
+    from ds_trainer.arguments.schema import AdapterSection, LoraSection
+    from ds_trainer.model.adapter import add_adapter, base_of
 
     class Engine(torch.nn.Module):
         """What an objective sees of an engine."""
@@ -234,7 +234,7 @@ def test_the_base_of_an_adapter_is_the_reference_that_a_frozen_copy_is_and_dropo
         def forward(self, **inputs):
             return self.module(**inputs)
 
-    adapted, copied = (add_lora(build().float(), LoraSection(dropout=0.5), 0) for _ in range(2))
+    adapted, copied = (add_adapter(build().float(), AdapterSection(lora=LoraSection(dropout=0.5)), 0) for _ in range(2))
     for each in (adapted, copied):
         with torch.no_grad():
             for name, value in each.named_parameters():
