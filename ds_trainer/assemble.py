@@ -49,6 +49,7 @@ from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.model.layers import WholeLayers, meta_model
 from ds_trainer.model.layers import whole_layers as find_whole_layers
+from ds_trainer.model.noise import add_noise
 from ds_trainer.model.stack import decoder_layers
 from ds_trainer.monitor.metrics import model_flops, peak_flops, uncounted
 from ds_trainer.monitor.recorder import Speed
@@ -192,6 +193,8 @@ def build(prepared: Prepared, report: Report) -> Engine:
         found = decoder_layers(base_of(model))
         assert found is not None  # the model without weights has them
         gather_whole([found[2][index] for index in prepared.whole_layers.indices])
+    if settings.train.neftune_alpha is not None:
+        add_noise(base_of(model), settings.train.neftune_alpha)
     loss = attach(prepared, base_of(model))
     total, trained = parameter_counts(model)
     report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trained:,} of them trained; {loss}")

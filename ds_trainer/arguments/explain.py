@@ -31,6 +31,7 @@ ALIASES = {
     "bf16": "train.precision: bf16",
     "fp16": "train.precision: fp16",
     "output_dir": "checkpoint.folder",
+    "neftune_noise_alpha": "train.neftune_alpha",
     "loss_type": "objective.loss",
     "simpo_gamma": "objective.gamma",
     "save_steps": "checkpoint.every_steps",

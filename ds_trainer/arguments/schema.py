@@ -227,6 +227,8 @@ class TrainSection(Section):
     """AdamW's epsilon."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
+    neftune_alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """NEFTune: noise on the embeddings while training, of this scale; its authors use 5 to 15."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations in forward and backward; the optimizer keeps fp32 master weights."""
     seed: NonNegativeInt = 0
