@@ -47,7 +47,7 @@ from ds_trainer.errors import ArgumentsError, ModelError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_adapter, base_of
-from ds_trainer.model.layers import WholeLayers, meta_model
+from ds_trainer.model.layers import WholeLayers, expert_blocks, meta_model
 from ds_trainer.model.layers import whole_layers as find_whole_layers
 from ds_trainer.model.noise import add_noise
 from ds_trainer.model.stack import decoder_layers
@@ -189,7 +189,16 @@ def build(prepared: Prepared, report: Report) -> Engine:
     attention.register_document_attention()
     with sharded_construction(config):
         model = adapted(prepared, complete(prepared, construct(prepared, report)))
-    if prepared.whole_layers.indices:
+    blocks = expert_blocks(
+        base_of(model),
+        sharded=zero_stage(prepared.resolved) == 3,
+        ranks=prepared.launch.world_size,
+        all_trained=settings.adapter is None,
+    )
+    if blocks:
+        report(f"gathering: {len(blocks)} mixtures of experts whole")
+        gather_whole(blocks, check=False)
+    elif prepared.whole_layers.indices:
         found = decoder_layers(base_of(model))
         assert found is not None  # the model without weights has them
         gather_whole([found[2][index] for index in prepared.whole_layers.indices])
@@ -325,20 +334,20 @@ def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
     settings, sharded = prepared.resolved.settings, zero_stage(prepared.resolved) == 3
     precision, value_head = settings.train.precision, settings.train.stage == "reward"
     new_head = partial(load.initialize_value_head, seed=settings.train.seed, gather=gather if sharded else None)
+    empty = partial(
+        load.build_model,
+        prepared.model_config,
+        precision=precision,
+        attention=prepared.attention,
+        trust_remote_code=settings.model.trust_remote_code,
+        value_head=value_head,
+    )
     if settings.model.path is None:
-        model = load.build_model(
-            prepared.model_config, precision=precision, attention=prepared.attention, value_head=value_head
-        )
+        model = empty()
         load.initialize_weights(model, settings.train.seed, gather if sharded else None)
         return model
     if sharded:
-        model = load.build_model(
-            prepared.model_config,
-            precision=precision,
-            attention=prepared.attention,
-            trust_remote_code=settings.model.trust_remote_code,
-            value_head=value_head,
-        )
+        model = empty()
         files = load.weight_files(settings.model.path)
         new = load.VALUE_HEAD if value_head else None
         reason = sharded_weights.reason_against(model, files, prepared.engine_config.config, new)

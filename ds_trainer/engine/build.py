@@ -130,7 +130,7 @@ def freeze(model: nn.Module, config: dict[str, Any], device: torch.device) -> An
     return engine
 
 
-def gather_whole(layers: list[nn.Module]) -> None:
+def gather_whole(layers: list[nn.Module], *, check: bool = True) -> None:
     """Have ZeRO-3 gather each of these modules with all it contains at once (what DeepSpeed calls a leaf module).
 
     DeepSpeed then takes a layer's gradients together, from a backward hook of the layer, and puts zeros for one that is not
@@ -139,13 +139,14 @@ def gather_whole(layers: list[nn.Module]) -> None:
 
     Args:
         layers: before `build_engine`.
+        check: off for mixtures of experts, of which some get no tokens.
     """
     from deepspeed.utils import set_z3_leaf_module
 
     for layer in layers:
         set_z3_leaf_module(layer, True)
         trained = [each for each in layer.parameters() if each.requires_grad]
-        if trained:
+        if check and trained:
             _check_first_gradients(layer, trained)
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_trainer.arguments.schema import AdapterSection, Recompute
+from ds_trainer.errors import ModelError
 from ds_trainer.model import load
 from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.model.stack import decoder_layers
@@ -49,6 +50,47 @@ def meta_model(
         model: Any = load.build_model(config, precision=precision, attention=attention, trust_remote_code=trust_remote_code)
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
         return add_adapter(model, adapter, 0) if adapter else model
+
+
+def expert_blocks(model: Any, *, sharded: bool, ranks: int, all_trained: bool) -> list[nn.Module]:
+    """The mixtures of experts that ZeRO-3 has to gather whole: those whose experts are modules of their own.
+
+    Which of these a rank calls depends on its tokens. Under ZeRO-3 all ranks gather the same weights in the same order, or wait
+    for one another for ever; below it, DeepSpeed 0.19.8 adds gradients up in the order in which they come (runtime/zero/
+    stage_1_and_2.py, `reduce_ipg_grads`), and would add those of one expert to those of another. A block that is gathered whole
+    has neither trouble. (transformers 5 keeps the experts of its own models in one weight, which every rank uses.)
+
+    Args:
+        model: a transformers model without adapters around it, but with what is trained decided.
+        sharded: under ZeRO-3.
+        ranks: all of them.
+        all_trained: whether there is no adapter. A block's gradients are taken together once that of its input is there, and
+            only then is it sure to have one.
+
+    Raises:
+        ModelError: there are such blocks, and this run would hang or add up the wrong gradients.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, child in model.named_modules():
+        block, _, name = path.rpartition(".")
+        if "expert" in name and isinstance(child, nn.ModuleList) and len(child) > 1:
+            found[block] = model.get_submodule(block)
+    if not found:
+        return []
+    if sharded and all_trained:
+        return list(found.values())
+    first = f"{next(iter(found))} keeps its experts as modules of their own, and each rank's tokens choose others of them"
+    if sharded:
+        raise ModelError(
+            f"{first}: under ZeRO-3 ranks would wait for one another. Such blocks are gathered whole where all weights are "
+            "trained, and here a part is. Use --deepspeed ds_configs/zero2.json, or adapter=null."
+        )
+    if ranks > 1 and any(each.requires_grad for block in found.values() for each in block.parameters()):
+        raise ModelError(
+            f"{first}: below ZeRO-3 the gradients of one expert would be added to those of another. Use --deepspeed "
+            "ds_configs/zero3.json where all weights are trained, or leave the experts out of adapter.lora.target_modules."
+        )
+    return []
 
 
 def whole_layers(model: Any) -> WholeLayers:

@@ -43,7 +43,14 @@ def load_config(model: ModelSection) -> Any:
         path = model.config or model.path
         assert path is not None  # a constraint of the settings
         require_folder(path, "model.config" if model.config else "model.path")
-        return AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
+        if quantized := getattr(config, "quantization_config", None):
+            method = quantized.get("quant_method", "") if isinstance(quantized, dict) else ""
+            raise ModelError(
+                f"model.path = {path}: its weights are quantized ({method or 'by its quantization_config'}), which are not "
+                "trained here. Give the model they were made from; adapter.lora with gradient checkpointing takes least memory."
+            )
+        return config
     except ModelError:
         raise
     except Exception as error:
