@@ -264,14 +264,18 @@ def attach(prepared: Prepared, model: torch.nn.Module) -> str:
     settings = prepared.resolved.settings
     if settings.train.stage == "reward":
         return reward.attach(model)
-    return language_model.attach(model, chunked=settings.model.chunked_loss)
+    return language_model.attach(
+        model,
+        chunked=settings.model.chunked_loss,
+        router=numbers_of(settings).get("router_weight") is not None,
+    )
 
 
 def objective_of(prepared: Prepared, report: Report) -> Objective:
     """What the stage minimises. Collective where it needs a reference that is a model of its own."""
     settings = prepared.resolved.settings
     stage, numbers = settings.train.stage, numbers_of(settings)
-    if numbers:
+    if any(value is not None for value in numbers.values()):
         report(f"objective: {stage}, {', '.join(f'{name} {value}' for name, value in numbers.items())}")
     if stage == "dpo":
         return dpo.objective(reference_of(prepared, report), **numbers)
@@ -279,7 +283,10 @@ def objective_of(prepared: Prepared, report: Report) -> Objective:
         return orpo.objective(**numbers)
     if stage == "simpo":
         return simpo.objective(**numbers)
-    return reward.BRADLEY_TERRY if stage == "reward" else language_model.NEXT_TOKEN
+    if stage == "reward":
+        return reward.BRADLEY_TERRY
+    weight = numbers["router_weight"]
+    return language_model.NEXT_TOKEN if weight is None else language_model.balanced(weight)
 
 
 def reference_of(prepared: Prepared, report: Report) -> reference.Reference:

@@ -169,6 +169,13 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "objectives/dpo.py",
     ),
     Constraint(
+        "router_is_read_beside_the_chunked_loss",
+        "objective.router_weight",
+        lambda v: v.has("objective.router_weight") and not v.settings.model.chunked_loss,
+        "objective.router_weight needs model.chunked_loss: true, the default.",
+        "objectives/language_model.py",
+    ),
+    Constraint(
         "pairs_are_whole",
         "data.overlong",
         lambda v: _on_pairs(v) and v.settings.data.overlong not in (None, "drop"),

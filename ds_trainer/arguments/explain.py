@@ -32,6 +32,7 @@ ALIASES = {
     "fp16": "train.precision: fp16",
     "output_dir": "checkpoint.folder",
     "neftune_noise_alpha": "train.neftune_alpha",
+    "router_aux_loss_coef": "objective.router_weight",
     "loss_type": "objective.loss",
     "simpo_gamma": "objective.gamma",
     "save_steps": "checkpoint.every_steps",

@@ -7,8 +7,8 @@ from typing import Any
 from ds_trainer.arguments.schema import AdapterSection, RunSettings
 
 NUMBERS: dict[str, dict[str, Any]] = {
-    "pretrain": {},
-    "sft": {},
+    "pretrain": {"router_weight": None},
+    "sft": {"router_weight": None},
     "reward": {},
     "dpo": {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0},
     "orpo": {"odds_weight": 0.1},

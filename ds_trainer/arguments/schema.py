@@ -248,6 +248,8 @@ class TrainSection(Section):
 class ObjectiveSection(Section):
     """The numbers of the objective. Each stage takes its own, and refuses the others."""
 
+    router_weight: Annotated[float, Field(gt=0.0)] | None = None
+    """pretrain and sft, mixtures of experts: weight of a loss that keeps experts in use; without it there is none."""
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] | None = None
     """dpo: what is made of the difference between the two answers; `sigmoid` by default."""
     beta: Annotated[float, Field(gt=0.0)] | None = None

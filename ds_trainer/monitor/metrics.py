@@ -140,6 +140,6 @@ def as_ranges(ranks: Iterable[int]) -> str:
 
 
 def in_words(metrics: Mapping[str, float]) -> str:
-    """The two numbers of a preference run that one looks at first; empty for other runs."""
-    names = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    """The numbers of an objective that one looks at first; empty where there are none."""
+    names = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "router_balance": "router balance"}
     return ", ".join(f"{word} {metrics[name]:.3f}" for name, word in names.items() if name in metrics)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ds_trainer.errors import ModelError
 from ds_trainer.objectives.chunked_head import chunked_log_probs, chunked_nll_sum, plain_log_probs, plain_nll_sum
+from ds_trainer.objectives.router import balance_sum, experts_per_token
 from ds_trainer.protocols import LossSums, ModelBatch, Objective
 
 
-def attach(model: Any, *, chunked: bool) -> str:
+def attach(model: Any, *, chunked: bool, router: bool = False) -> str:
     """Make the model's forward return the loss of given targets, or the log-probability of each.
 
     The head computes loss and logits in one call of one module: under ZeRO-3 its weight is gathered once a call, and the
@@ -30,13 +31,15 @@ def attach(model: Any, *, chunked: bool) -> str:
     Args:
         model: a transformers causal language model, without adapters around it.
         chunked: keep the logits out of memory; False computes them whole.
+        router: its routers are balanced too, see `balanced`.
 
     Returns:
         What was attached, for the log.
 
     Raises:
-        ModelError: the model has no head or body that can be called by itself.
+        ModelError: the model has no head or body that can be called by itself; or no routers.
     """
+    chosen = experts_per_token(model) if router else 0
     head, body = model.get_output_embeddings(), model.base_model
     if hasattr(head, "modules_to_save"):  # an adapter trains a copy of the head: peft 0.21, utils/other.py
         head = head.modules_to_save["default"]
@@ -67,6 +70,7 @@ def attach(model: Any, *, chunked: bool) -> str:
         targets: Tensor | None = None,
         log_probs: bool = False,
         states_only: bool = False,
+        balanced: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         if states_only:
@@ -76,8 +80,11 @@ def attach(model: Any, *, chunked: bool) -> str:
         if not chunked:
             logits = logits_of(**inputs).logits
             return (plain_log_probs if log_probs else plain_nll_sum)(logits.flatten(0, 1)[target_positions], targets)
-        hidden = body(**inputs)[0]
-        return head(hidden.flatten(0, 1)[target_positions], targets, log_probs)
+        if balanced is None:
+            return head(body(**inputs)[0].flatten(0, 1)[target_positions], targets, log_probs)
+        output = body(**inputs, output_router_logits=True)
+        nll = head(output[0].flatten(0, 1)[target_positions], targets)
+        return nll, balance_sum(output.router_logits, chosen, inputs["position_ids"], target_positions, balanced)
 
     if chunked:
         head.forward = types.MethodType(head_forward, head)
@@ -103,6 +110,28 @@ def log_probs(engine: Callable[..., Tensor], batch: ModelBatch) -> Tensor:
         batch: on the engine's device.
     """
     return engine(**batch.inputs, target_positions=batch.target_positions, targets=batch.targets, log_probs=True)
+
+
+def balanced(router_weight: float) -> Objective:
+    """Next-token prediction with the balance of a mixture of experts beside it, a mean over documents.
+
+    Held-out losses are without it. Args: `router_weight`, what the balance is multiplied with.
+    """
+
+    def sums(engine: Any, batch: ModelBatch) -> LossSums:
+        if not engine.module.training:
+            nll = nll_sum(engine, batch)
+            return LossSums(torch.stack([nll, torch.zeros_like(nll)]), {})
+        nll, balance = engine(
+            **batch.inputs,
+            target_positions=batch.target_positions,
+            targets=batch.targets,
+            balanced=batch.sequence_lengths,
+        )
+        metrics = {"router_balance": (balance.detach(), batch.num_sequences)}
+        return LossSums(torch.stack([nll, router_weight * balance]), metrics)
+
+    return Objective(sums=sums, units=lambda batch: (batch.num_targets, batch.num_sequences))
 
 
 NEXT_TOKEN = Objective(

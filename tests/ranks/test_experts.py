@@ -42,6 +42,7 @@ def test_the_update_is_that_of_one_process(run_file, corpus, tmp_path, config):
         "model": {"config": config, "tokenizer": str(corpus / "tokenizer"), "trust_remote_code": True},
         "data": {"seq_len": 4},
         "train": {"global_batch_size": 2, "max_steps": 3},
+        **({"objective": {"router_weight": 0.1}} if config is QWEN else {}),
     }
     run_file("alone", **sections)
     run_file("two", **sections, deepspeed={"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
@@ -51,6 +52,7 @@ def test_the_update_is_that_of_one_process(run_file, corpus, tmp_path, config):
     assert two.code == 0, two.text[-3000:]
     assert len(losses(tmp_path / "alone")) == 3
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), abs=2e-6)
+    assert two.text.count("router balance 2.") == (3 if config is QWEN else 0)
     assert ("2 mixtures of experts whole" in two.text) == (config == str(TOY))
 
 

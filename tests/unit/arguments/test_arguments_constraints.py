@@ -125,6 +125,16 @@ EXAMPLES = {
         '"max_bad_fraction":',
         run(data__max_bad_fraction=0.1, data__on_bad_record="skip"),
     ),
+    "router_weight_is_of_the_objective": (
+        run(train__stage="simpo", objective__router_weight=0.01),
+        '"router_weight":',
+        run(train__stage="pretrain", objective__router_weight=0.01),
+    ),
+    "router_is_read_beside_the_chunked_loss": (
+        run(objective__router_weight=0.01, model__chunked_loss=False, model__path="m"),
+        '"router_weight":',
+        run(objective__router_weight=0.01),
+    ),
     "streaming_needs_max_steps": (
         run(data__streaming=True, evaluate__sources=[{"path": "a"}]),
         '"streaming":',
