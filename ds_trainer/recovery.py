@@ -10,7 +10,7 @@ from ds_trainer import comm, faults, whereabouts
 from ds_trainer.agreement import digest
 from ds_trainer.arguments.engine_config import offload_device, written_optimizer, zero_stage
 from ds_trainer.arguments.objective import numbers_of
-from ds_trainer.arguments.schema import RunSettings
+from ds_trainer.arguments.schema import AdapterSection, RunSettings
 from ds_trainer.assemble import Prepared, evaluate_rows
 from ds_trainer.checkpoint import manager
 from ds_trainer.checkpoint.keep import Keep
@@ -169,7 +169,7 @@ def resume(
                 report("the earlier start completed no checkpoint: this one begins at step 0")
             folder.event("started_anew")
         return TrainState()
-    written, ours = found.manifest["run"], run_identity(prepared)
+    written, ours = as_now(found.manifest["run"]), run_identity(prepared)
     rest, tolerance = found.manifest["engine"], PROBE_TOLERANCE
     if other_precision:
         for name in ("precision", "fingerprint of the model's config"):  # which names the type of the weights
@@ -227,17 +227,32 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "seq_len": settings.data.seq_len,
         "rows": prepared.data.rows.num_rows if prepared.data.rows else None,
         "fingerprint of the data": prepared.data.fingerprint,
-        "fingerprint of the model's config": digest(
-            {**prepared.model_config.to_dict(), "_name_or_path": "", "transformers_version": ""}
-        ),
+        "fingerprint of the model's config": config_digest(prepared.model_config),
+    }
+
+
+def config_digest(config: Any) -> str:
+    """A fingerprint of a model's config, without what a run sets itself."""
+    return digest({**config.to_dict(), "_name_or_path": "", "transformers_version": "", "use_cache": False})
+
+
+def as_now(written: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run, with the values of settings that there were none of when it was written."""
+    adapter = written.get("adapter")
+    return {
+        "no_weight_decay": [],
+        "layer_learning_rate_decay": 1.0,
+        "neftune_alpha": None,
+        "objective.router_weight": None,
+        **written,
+        "adapter": AdapterSection.model_validate(adapter).model_dump(mode="json") if adapter else None,
     }
 
 
 def objective_identity(settings: RunSettings) -> dict[str, Any]:
-    """The stage and its numbers; of a language model neither, for checkpoints of earlier versions do not name them."""
-    if settings.train.stage in ("pretrain", "sft"):
-        return {}
-    return {"stage": settings.train.stage, **{f"objective.{name}": value for name, value in numbers_of(settings).items()}}
+    """The numbers of the objective, and the stage; not that of a language model, which earlier versions did not write down."""
+    numbers = {f"objective.{name}": value for name, value in numbers_of(settings).items()}
+    return numbers if settings.train.stage in ("pretrain", "sft") else {"stage": settings.train.stage, **numbers}
 
 
 def engine_layout(prepared: Prepared) -> dict[str, Any]:
@@ -259,8 +274,8 @@ def optimization(prepared: Prepared) -> dict[str, Any]:
     """What decides the update besides the gradient: DeepSpeed restores it from the checkpoint, whatever the settings say."""
     train_settings = prepared.resolved.settings.train
     names = ("learning_rate", "schedule", "warmup_steps", "min_learning_rate", "weight_decay", "betas", "eps")
-    by_group = ("no_weight_decay", "layer_learning_rate_decay")
-    found = {name: getattr(train_settings, name) for name in (*names, *by_group)}
+    others = ("no_weight_decay", "layer_learning_rate_decay", "neftune_alpha")
+    found = {name: getattr(train_settings, name) for name in (*names, *others)}
     if train_settings.schedule != "constant":
         found["max_steps"] = prepared.plan.max_steps  # the falling schedules end there
     return found

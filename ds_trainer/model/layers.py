@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,9 @@ def meta_model(
     """The model as a run builds it, on the meta device: its real code and shapes, without memory for its weights."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = load.build_model(config, precision=precision, attention=attention, trust_remote_code=trust_remote_code)
+        model: Any = load.build_model(
+            copy.deepcopy(config), precision=precision, attention=attention, trust_remote_code=trust_remote_code
+        )
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
         return add_adapter(model, adapter, 0) if adapter else model
 
