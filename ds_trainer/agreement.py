@@ -46,7 +46,7 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
         "engine config": prepared.engine_config.config,
         "model config": prepared.model_config.to_dict(),
         "data": prepared.data.fingerprint,
-        "held-out data": prepared.data.held_out.fingerprint if prepared.data.held_out else None,
+        "held-out data": {name: rows.fingerprint for name, rows in prepared.data.held_out.items()},
         "tokenizer": digest([len(tokenizer), backend.to_str() if backend else tokenizer.get_vocab()]),
         "version of python": platform.python_version(),
         "version of ds_trainer": __version__,

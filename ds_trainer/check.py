@@ -59,7 +59,8 @@ def named_paths(resolved: Resolved) -> list[tuple[str, str]]:
     paths += [("data.sources", source.path) for source in settings.data.sources]
     if settings.lora is not None and settings.lora.path is not None:
         paths.append(("adapter.lora.path", settings.lora.path))
-    paths += [("evaluate.sources", source.path) for source in (settings.evaluate.sources if settings.evaluate else [])]
+    for name, sources in (settings.evaluate.held_out if settings.evaluate else {}).items():
+        paths += [(f"evaluate.sets.{name}" if name else "evaluate.sources", source.path) for source in sources]
     return paths
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ds_trainer.launch.detect import Launch
     from ds_trainer.monitor.run_folder import RunFolder
     from ds_trainer.monitor.signals import StopRequests
+    from ds_trainer.state import TrainState
 
 _BEGUN = time.monotonic()
 """When this process began, but for the interpreter's own start."""
@@ -134,12 +135,24 @@ def train(
 
         progress = Progress(console if launch.rank == 0 else None)
         state, stopped = train(resolved, launch, folder, progress, requests, on_hang)
-        return (
+        return end_of_patience(resolved, state) + (
             f"done: {state.step} steps, {state.rows_consumed} rows. Everything is in {folder.path}; as a Hugging Face model:\n"
             f"  ds_trainer export --run {folder.path} --to {folder.path / 'export'}"
         ), stopped
 
     run_in_folder(resolved, launch, commands, story, begun=_BEGUN)
+
+
+def end_of_patience(resolved: Resolved, state: TrainState) -> str:
+    """A line on why a run ended before its last step, where its evaluations did not get better."""
+    evaluate, best = resolved.settings.evaluate, state.best
+    if evaluate is None or evaluate.patience is None or best.get("evaluations_since", 0) < evaluate.patience:
+        return ""
+    return (
+        f"ended by evaluate.patience = {evaluate.patience}: {best['metric']} was best at step {best['step']} "
+        f"({best['value']:.4f}), {best['evaluations_since']} evaluations since were not better. To train on: "
+        "evaluate.patience=null\n"
+    )
 
 
 @app.command()
@@ -410,7 +423,7 @@ def export(
     run: Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", help="The folder to write.", show_default=False)],
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help="Such as step_00000100; by default the newest complete one.")
+        str | None, typer.Option("--checkpoint", help="Such as step_00000100, or best; by default the newest complete one.")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write base and adapter as one model.")] = False,
     precision: Annotated[Precision | None, typer.Option("--precision", help="By default that of the run.")] = None,

@@ -16,7 +16,9 @@ from ds_trainer.arguments.constraints import DTYPES
 from ds_trainer.arguments.objective import PAIR_STAGES
 from ds_trainer.arguments.schema import RunSettings
 from ds_trainer.checkpoint import layout, manager
+from ds_trainer.checkpoint.keep import from_best_on
 from ds_trainer.checkpoint.manager import Found
+from ds_trainer.checkpoint.saver import kept
 from ds_trainer.checkpoint.slices import SliceReader
 from ds_trainer.data.loader import evaluation_batches
 from ds_trainer.data.prepare import prepare_rows
@@ -44,7 +46,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     Args:
         run: the run folder.
         to: the folder to write; it must not exist.
-        checkpoint: which one; by default the newest that is complete.
+        checkpoint: which one, or "best"; by default the newest that is complete.
         merge: write base and adapter as one model instead of an adapter folder.
         precision: `fp32`, `bf16` or `fp16`; by default that of the run.
         report: takes a line for the user.
@@ -108,6 +110,11 @@ def choose(run: Path, checkpoint: str | None, report: Report) -> Found:
             f"--run {run}: holds no complete checkpoint ({folder.absolute()}). "
             "Name the folder that checkpoint.folder of the run file says."
         )
+    if checkpoint == "best":
+        judged = from_best_on(kept(folder))
+        if not judged:
+            raise RefusedError(f"--checkpoint best: nothing was evaluated in {run}. Name one, such as {complete[-1].name}.")
+        checkpoint = layout.checkpoint_name(judged[0].step)
     names = ", ".join(path.name for path in complete)
     if checkpoint is not None and checkpoint not in [path.name for path in complete]:
         raise RefusedError(f"--checkpoint {checkpoint}: no such checkpoint in {folder}. There are {names}.")
@@ -284,7 +291,7 @@ def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, prec
     """
     rows = prepare_rows(
         settings.data,
-        (settings.evaluate or settings.data).sources,
+        settings.probe_sources,
         settings.train.stage,
         tokenizer,
         seq_len=settings.data.seq_len,

@@ -43,7 +43,7 @@ class StepRecorder(Protocol):
         self, *, step: int, loss: Tensor, window: list[ModelBatch], num_targets: Tensor, outcome: Any
     ) -> None: ...
     def skipped_step(self, text: str, fields: dict[str, Any]) -> None: ...  # noqa: D102
-    def evaluation(self, *, step: int, result: Evaluation) -> None: ...  # noqa: D102
+    def evaluation(self, *, step: int, result: Evaluation, name: str = "") -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,16 @@ class Plan:
     """What follows a step whose losses or gradients were not finite; it never moves the weights."""
     max_skipped_steps: int = 20
     """Such steps in a row that `skip` lets pass."""
+    patience: int | None = None
+    """Evaluations in a row without a better one that end the run."""
+
+    def is_over(self, state: TrainState) -> bool:
+        """Whether the run has come to its end, other than that of its data."""
+        return state.step >= self.max_steps or self.out_of_patience(state)
+
+    def out_of_patience(self, state: TrainState) -> bool:
+        """Whether the evaluations have not got better for too long."""
+        return self.patience is not None and state.best.get("evaluations_since", 0) >= self.patience
 
 
 def train(
@@ -100,7 +110,7 @@ def train(
         NonFiniteError: a loss or a gradient was not finite, and the plan does not let it pass.
     """
     engine.train_mode(True)
-    while state.step < plan.max_steps:
+    while not plan.is_over(state):
         whereabouts.at("agreeing to go on", state.step + 1)
         if reason := comm.largest(stop()):
             return reason

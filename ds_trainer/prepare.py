@@ -65,7 +65,7 @@ def prepare(resolved: Resolved, console: Console, *, world_size: int, show: int,
             "To go through it now: the same command with data.streaming=false.",
             markup=False,
         )
-    for rows in (data.rows, data.held_out):
+    for rows in (data.rows, *data.held_out.values()):
         for store in stores_of(rows):
             try:
                 judge(store.meta, resolved.settings.data, so_far=False)
@@ -74,7 +74,7 @@ def prepare(resolved: Resolved, console: Console, *, world_size: int, show: int,
     if data.rows:
         plan = plan_steps(resolved, data.rows, batch)
         console.print(f"Run: {length_of(plan, data)}; {batch}", markup=False)
-    shown = [store for rows in (data.rows, data.held_out) for store in stores_of(rows)]
+    shown = [store for rows in (data.rows, *data.held_out.values()) for store in stores_of(rows)]
     for text in samples(data.tokenizer, shown, show, console.is_terminal):
         console.print(text)
 
@@ -87,7 +87,8 @@ def stores_of(rows: TokenRows | None) -> list[TokenStore]:
 def describe(data: RunData) -> dict[str, Any]:
     """What became of every source, as JSON."""
     report: dict[str, Any] = {}
-    for name, rows in (("data", data.rows), ("held_out", data.held_out)):
+    sets = {f"held_out {name}".rstrip(): rows for name, rows in data.held_out.items()}
+    for name, rows in {"data": data.rows, **sets}.items():
         if rows is None:
             continue
         report[name] = {
@@ -103,7 +104,7 @@ def describe(data: RunData) -> dict[str, Any]:
 def as_text(report: dict[str, Any]) -> Iterator[str]:
     """The report as people read it."""
     for name, part in report.items():
-        title = "held-out data" if name == "held_out" else name
+        title = name.replace("held_out", "held-out data")
         for source in part["sources"]:
             yield from _source_lines(title, source)
         for number, rows in enumerate(part["rows"]):

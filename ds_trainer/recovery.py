@@ -65,12 +65,12 @@ class Saving:
         self._failed: CheckpointError | None = None
         """Why the newest one could not be written."""
 
-    def save(self, state: TrainState, held_out_loss: float | None = None) -> None:
+    def save(self, state: TrainState, judged: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint of the step that is complete; the one before it is complete then.
 
         Args:
             state: how far the run has come.
-            held_out_loss: of this step, when it was evaluated.
+            judged: `metric`, `goal` and `value` of this step, when it was evaluated.
         """
         whereabouts.at("saving")
         faults.point("saving")
@@ -93,7 +93,7 @@ class Saving:
                 "layout": engine_layout(prepared),
                 "engine": rest,
                 "probe": {"rows": rows, "loss": probe.loss, "num_targets": probe.num_targets, "metrics": probe.metrics},
-                "held_out_loss": held_out_loss,
+                "judged": judged,
                 "settings": prepared.resolved.settings.model_dump(mode="json"),
             },
         )

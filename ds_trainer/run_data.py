@@ -40,7 +40,8 @@ class RunData:
     rows: TokenRows | None
     """The training data; None when it is streamed."""
     stream: StreamPlan | None
-    held_out: TokenRows | None
+    held_out: dict[str, TokenRows]
+    """The held-out sets by name."""
 
     @property
     def fingerprint(self) -> str:
@@ -52,7 +53,7 @@ class RunData:
     @property
     def probe_rows(self) -> TokenRows:
         """The rows whose loss is kept with every checkpoint."""
-        rows = self.held_out or self.rows
+        rows = next(iter(self.held_out.values()), self.rows)
         assert rows  # a constraint of the settings: a stream is evaluated on held-out data
         return rows
 
@@ -124,9 +125,12 @@ def prepare_run_data(
         )
     else:
         rows = rows_of(settings.data.sources, "data")
-    held_out = rows_of(settings.evaluate.sources, "held-out data") if settings.evaluate else None
+    held_out = {
+        name: rows_of(sources, f"held-out data {name}".rstrip())
+        for name, sources in (settings.evaluate.held_out if settings.evaluate else {}).items()
+    }
     largest = rows.max_token_id if rows else len(tokenizer) - 1
-    limits(max_token_id=max(largest, held_out.max_token_id if held_out else 0))
+    limits(max_token_id=max([largest, *(each.max_token_id for each in held_out.values())]))
     return RunData(tokenizer=tokenizer, rows=rows, stream=stream, held_out=held_out)
 
 
@@ -156,6 +160,7 @@ def plan_steps(resolved: Resolved, rows: TokenRows | None, batch: BatchPlan) -> 
         seed=train_settings.seed,
         on_nonfinite=train_settings.on_nonfinite,
         max_skipped_steps=train_settings.max_skipped_steps,
+        patience=resolved.settings.evaluate.patience if resolved.settings.evaluate else None,
     )
 
 

@@ -21,6 +21,7 @@ class TrainState:
         targets_seen: int = 0,
         skipped_in_a_row: int = 0,
         stream: dict[str, Any] | None = None,
+        best: dict[str, Any] | None = None,
     ) -> None:
         self.step = step
         """Optimizer steps that are complete."""
@@ -30,6 +31,8 @@ class TrainState:
         """Steps up to this one whose losses or gradients were not finite; 0 after a step that moved the weights."""
         self.stream = stream or {}
         """Where the lanes of a stream were when the run was resumed: the position of data that has no order of its own."""
+        self.best = best or {}
+        """What `evaluate.patience` goes by: `metric`, `value`, `step` of the best evaluation, `evaluations_since`."""
         self._targets_and_tokens: Tensor | None = None
         self._before = (targets_seen, tokens_seen)
 
@@ -45,7 +48,16 @@ class TrainState:
         seen = self._targets_and_tokens
         self._targets_and_tokens = targets_and_tokens.clone() if seen is None else seen + targets_and_tokens
 
-    def to_json(self) -> dict[str, int]:
+    def judge(self, metric: str, goal: str, value: float, min_improvement: float) -> None:
+        """Take in an evaluation: whether it is the best so far. By another metric than before it begins anew."""
+        before = self.best if self.best.get("metric") == metric else {}
+        sign = 1 if goal == "lowest" else -1
+        if not before or sign * (before["value"] - value) > min_improvement:
+            self.best = {"metric": metric, "value": value, "step": self.step, "evaluations_since": 0}
+        else:
+            self.best = {**before, "evaluations_since": before["evaluations_since"] + 1}
+
+    def to_json(self) -> dict[str, Any]:
         """The fields as JSON. Waits for the device."""
         seen = self._targets_and_tokens
         targets, tokens = (0, 0) if seen is None else seen.tolist()
@@ -55,6 +67,7 @@ class TrainState:
             "tokens_seen": self._before[1] + tokens,
             "targets_seen": self._before[0] + targets,
             "skipped_in_a_row": self.skipped_in_a_row,
+            **({"best": self.best} if self.best else {}),
         }
 
     @classmethod
@@ -62,7 +75,12 @@ class TrainState:
         """The state that `to_json` wrote."""
         names = ("step", "rows_consumed", "tokens_seen", "targets_seen")
         counts = {name: int(fields[name]) for name in names}
-        return cls(**counts, skipped_in_a_row=int(fields.get("skipped_in_a_row", 0)), stream=fields.get("stream"))
+        return cls(
+            **counts,
+            skipped_in_a_row=int(fields.get("skipped_in_a_row", 0)),
+            stream=fields.get("stream"),
+            best=fields.get("best"),
+        )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
@@ -13,7 +14,9 @@ from typing import Any
 from ds_trainer import comm, faults, loop, whereabouts
 from ds_trainer.agreement import require_agreement
 from ds_trainer.arguments.merge import Resolved
+from ds_trainer.arguments.objective import goal_of
 from ds_trainer.arguments.report import resolved_as_json
+from ds_trainer.arguments.schema import EvaluateSection
 from ds_trainer.assemble import (
     Prepared,
     arranged_windows,
@@ -155,15 +158,32 @@ def write_down(prepared: Prepared, folder: RunFolder) -> None:
 def evaluate_and_save(prepared: Prepared, engine: Engine, recorder: Recorder, saving: Saving, state: TrainState) -> None:
     """Evaluate and save when the step is due for it, and take in what was saved meanwhile. Collective."""
     settings = prepared.resolved.settings
-    is_last = state.step == prepared.plan.max_steps
-    held_out_loss = None
-    if settings.evaluate and prepared.data.held_out and (is_last or is_due(state.step, settings.evaluate.every_steps)):
-        result = evaluate_rows(prepared, engine, prepared.data.held_out, settings.evaluate.max_rows)
-        recorder.evaluation(step=state.step, result=result)
-        held_out_loss = result.loss
-    if is_last or is_due(state.step, settings.checkpoint.every_steps):
-        saving.save(state, held_out_loss)
+    judged = None
+    if settings.evaluate and (prepared.plan.is_over(state) or is_due(state.step, settings.evaluate.every_steps)):
+        judged = evaluate_sets(prepared, engine, recorder, settings.evaluate, state.step)
+        if judged is not None:
+            state.judge(**judged, min_improvement=settings.evaluate.min_improvement)
+    if prepared.plan.is_over(state) or is_due(state.step, settings.checkpoint.every_steps):
+        saving.save(state, judged)
     saving.poll()
+
+
+def evaluate_sets(
+    prepared: Prepared, engine: Engine, recorder: Recorder, evaluate: EvaluateSection, step: int
+) -> dict[str, Any] | None:
+    """Evaluate all held-out sets. Collective.
+
+    Returns:
+        `metric`, `goal` and `value` of what the best checkpoint goes by; None when that is not a finite number.
+    """
+    found: dict[str, float] = {}
+    for name, rows in prepared.data.held_out.items():
+        result = evaluate_rows(prepared, engine, rows, evaluate.max_rows)
+        recorder.evaluation(step=step, result=result, name=name)
+        measured = {"loss": result.loss, **result.metrics}
+        found |= {f"{name}/{each}" if name else each: value for each, value in measured.items()}
+    goal, value = goal_of(prepared.resolved.settings), found.get(evaluate.metric, math.nan)
+    return {"metric": evaluate.metric, "goal": goal, "value": value} if goal and math.isfinite(value) else None
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

@@ -56,7 +56,7 @@ def verify_run(run: Path, report: Report) -> None:
         if why is None:
             newest = path
             num_bytes, seconds = sum(each["bytes"] for each in manifest["files"].values()), time.monotonic() - started
-            loss = "" if manifest["held_out_loss"] is None else f", held-out loss {manifest['held_out_loss']:.4f}"
+            loss = f", held-out {judged['metric']} {judged['value']:.4f}" if (judged := layout.judged_of(manifest)) else ""
             ranks = manifest["layout"]["ranks"]
             report(
                 f"{path.name}  whole    {layout.in_words(num_bytes)} of {ranks} {'rank' if ranks == 1 else 'ranks'} "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_trainer.arguments.deepspeed_keys import OPTIMIZER_PARAMS, SCHEDULER_PARAMS, SCHEDULES, show
-from ds_trainer.arguments.objective import NUMBERS, PAIR_STAGES, numbers_of
+from ds_trainer.arguments.objective import NUMBERS, PAIR_STAGES, goal_of, metrics_of, numbers_of
 from ds_trainer.arguments.schema import ObjectiveSection, RunSettings
 from ds_trainer.arguments.sources import DEFAULT, Located
 from ds_trainer.errors import Problem
@@ -146,6 +146,11 @@ def _objective() -> Iterable[Constraint]:
         )
 
 
+def _asks_for_the_best(view: View) -> bool:
+    settings = view.settings
+    return settings.checkpoint.keep_best > 0 or (settings.evaluate is not None and settings.evaluate.patience is not None)
+
+
 def _on_pairs(view: View) -> bool:
     return view.settings.train.stage in PAIR_STAGES
 
@@ -242,15 +247,76 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(
         "held_out_sources_have_no_weight",
         "evaluate",
-        lambda v: bool(v.settings.evaluate) and any(source.weight is not None for source in v.settings.evaluate.sources),  # type: ignore[union-attr]
-        "every held-out row is evaluated once: a source of evaluate.sources has no weight. Remove it, or use max_samples.",
+        lambda v: (
+            v.settings.evaluate is not None
+            and any(each.weight is not None for sources in v.settings.evaluate.held_out.values() for each in sources)
+        ),
+        "every held-out row is evaluated once: a source of held-out data has no weight. Remove it, or use max_samples.",
         "docs/data.md",
+    ),
+    Constraint(
+        "held_out_data_in_one_way",
+        "evaluate",
+        lambda v: v.settings.evaluate is not None and (v.settings.evaluate.sources is None) == (not v.settings.evaluate.sets),
+        "give evaluate.sources, or several sets by name in evaluate.sets, such as evaluate.sets.code and evaluate.sets.chat, each "
+        "a list like evaluate.sources.",
+        "docs/evaluation.md",
+    ),
+    Constraint(
+        "metric_is_measured",
+        "evaluate.metric",
+        lambda v: (
+            v.settings.evaluate is not None
+            and _asks_for_the_best(v)
+            and v.settings.evaluate.metric not in metrics_of(v.settings)
+        ),
+        "evaluate.metric = {metric} is not measured in this run. It may be {metrics}.",
+        "arguments/objective.py",
+    ),
+    Constraint(
+        "goal_is_known",
+        "evaluate.metric",
+        lambda v: (
+            v.settings.evaluate is not None
+            and _asks_for_the_best(v)
+            and v.settings.evaluate.metric in metrics_of(v.settings)
+            and goal_of(v.settings) is None
+        ),
+        "which value of evaluate.metric = {metric} is best is not known here. Say it: evaluate.goal=lowest or highest.",
+        "arguments/objective.py",
+    ),
+    Constraint(
+        "patience_needs_evaluations",
+        "evaluate.patience",
+        lambda v: (
+            v.settings.evaluate is not None
+            and v.settings.evaluate.patience is not None
+            and v.settings.evaluate.every_steps is None
+        ),
+        "evaluate.patience counts evaluations, and without evaluate.every_steps there is one, at the end. Say how often, for "
+        "example evaluate.every_steps=100.",
+        "docs/evaluation.md",
+    ),
+    Constraint(
+        "metric_is_for_something",
+        "evaluate.metric",
+        lambda v: v.has("evaluate.metric") and not _asks_for_the_best(v),
+        "evaluate.metric says what the best checkpoint and evaluate.patience go by, and neither is asked for. Write for "
+        "example checkpoint.keep_best=1, or remove it.",
+        "docs/evaluation.md",
+    ),
+    Constraint(
+        "min_improvement_needs_patience",
+        "evaluate.min_improvement",
+        lambda v: v.has("evaluate.min_improvement") and v.settings.evaluate.patience is None,  # type: ignore[union-attr]
+        "evaluate.min_improvement says what evaluate.patience takes for better. Set evaluate.patience, or remove it.",
+        "docs/evaluation.md",
     ),
     Constraint(
         "keep_best_needs_evaluate",
         "checkpoint.keep_best",
         lambda v: v.settings.checkpoint.keep_best > 0 and v.settings.evaluate is None,
-        "checkpoint.keep_best keeps the checkpoints with the lowest held-out loss, and nothing is evaluated. Add a section "
+        "checkpoint.keep_best keeps the checkpoints that are best on held-out data, and nothing is evaluated. Add a section "
         "evaluate, or remove it.",
         "docs/checkpoints.md",
     ),
@@ -262,7 +328,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
             and v.settings.evaluate is not None
             and (v.settings.checkpoint.every_steps or 0) % (v.settings.evaluate.every_steps or 1 << 60) != 0
         ),
-        "checkpoint.keep_best compares held-out losses, so every checkpoint needs one: let checkpoint.every_steps be a "
+        "checkpoint.keep_best compares evaluations, so every checkpoint needs one: let checkpoint.every_steps be a "
         "multiple of evaluate.every_steps.",
         "docs/checkpoints.md",
     ),
@@ -693,6 +759,8 @@ def check_constraints(view: View) -> list[Problem]:
         "zero_stage": show(view.find(f"{_ZERO}.stage") or Located(DEFAULT_STAGE, DEFAULT)),
         "schedule_block": view.schedule_block,
         "optimizer": view.ds("optimizer.type"),
+        "metric": view.settings.evaluate and view.settings.evaluate.metric,
+        "metrics": ", ".join(metrics_of(view.settings)),
         "adapter_path": view.settings.lora and view.settings.lora.path,
         "adapter_shape": ", ".join(
             f"{name} ({node.origin})"

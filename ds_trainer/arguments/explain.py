@@ -182,6 +182,7 @@ _EXAMPLES = {
     "train.stage": "write `stage: pretrain`, `sft`, `dpo`, `orpo`, `simpo` or `reward`",
     "train.betas": "write for example `betas: [0.9, 0.95]`",
     "evaluate": "write for example\n      evaluate:\n        sources: [{path: data/held_out.jsonl}]",
+    "evaluate.sets": "write for example `sets: {code: [{path: data/code.jsonl}]}`; names of letters, digits, `_` and `-`",
     "evaluate.sources": "write for example `sources: [{path: data/held_out.jsonl}]`",
     "deepspeed": "write for example\n      deepspeed:\n        config: ds_configs/zero2.json",
     "checkpoint": "write for example\n      checkpoint:\n        folder: out/my-run",
@@ -202,6 +203,8 @@ _EXAMPLES = {
 
 
 def _example(path: str) -> str:
-    if path.startswith(("data.sources.", "evaluate.sources.")):
+    if path.startswith("evaluate.sets.") and path.count(".") == 2:
+        return _EXAMPLES["evaluate.sets"]
+    if path.startswith(("data.sources.", "evaluate.sources.", "evaluate.sets.")):
         return "write for example `{path: data/train.jsonl}`"
     return _EXAMPLES.get(path, "`ds_trainer check --schema` says what may stand there")

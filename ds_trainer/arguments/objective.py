@@ -15,6 +15,18 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "simpo": {"beta": 2.0, "gamma": 1.0},
 }
 """Stage -> the settings of the section `objective` that it reads, with their defaults: those of the papers."""
+_ANSWERS = ("chosen", "rejected")
+_REWARDS = tuple(f"rewards/{name}" for name in (*_ANSWERS, "margins", "accuracies"))
+_LOG_PROBS = tuple(f"logps/{name}" for name in _ANSWERS)
+METRICS: dict[str, tuple[str, ...]] = {
+    "pretrain": (),
+    "sft": (),
+    "reward": _REWARDS,
+    **dict.fromkeys(("dpo", "orpo", "simpo"), (*_REWARDS, *_LOG_PROBS)),
+}
+"""Stage -> what its objective measures of held-out rows beside the loss."""
+GOALS = {"loss": "lowest", "rewards/accuracies": "highest", "rewards/margins": "highest"}
+"""Which value of a metric is best, where there is no doubt."""
 PAIR_STAGES = ("reward", "dpo", "orpo", "simpo")
 """Stages that train on pairs of answers."""
 
@@ -23,6 +35,20 @@ def numbers_of(settings: RunSettings) -> dict[str, Any]:
     """The numbers of the run's objective in force."""
     written = settings.objective.model_dump(exclude_none=True) if settings.objective else {}
     return {name: written.get(name, default) for name, default in NUMBERS[settings.train.stage].items()}
+
+
+def metrics_of(settings: RunSettings) -> list[str]:
+    """The names that `evaluate.metric` may have."""
+    held_out = settings.evaluate.held_out if settings.evaluate else {}
+    names = ("loss", *METRICS[settings.train.stage])
+    return [f"{each}/{name}" if each else name for each in held_out for name in names]
+
+
+def goal_of(settings: RunSettings) -> str | None:
+    """Whether the lowest or the highest value of `evaluate.metric` is best; None where nobody said."""
+    assert settings.evaluate is not None
+    known = [goal for name, goal in GOALS.items() if f"/{settings.evaluate.metric}".endswith(f"/{name}")]
+    return settings.evaluate.goal or (known[0] if known else None)
 
 
 def reference_is_base(adapter: AdapterSection | None) -> bool:

@@ -15,10 +15,10 @@ def setting_rows(resolved: Resolved) -> list[tuple[str, Any, str]]:
     rows = []
     settings = resolved.settings.model_dump(mode="json", exclude={"deepspeed"})
     settings["deepspeed"] = {"config": resolved.deepspeed_path}
-    for section in ("data", "evaluate"):
-        if settings[section]:  # what a source does not say has no effect
-            sources = settings[section]["sources"]
-            settings[section]["sources"] = [{k: v for k, v in each.items() if v not in (None, {})} for each in sources]
+    for holder in (settings["data"], settings["evaluate"] or {}, (settings["evaluate"] or {}).get("sets", {})):
+        for name, value in holder.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):  # what a source does not say has no effect
+                holder[name] = [{k: v for k, v in each.items() if v not in (None, {})} for each in value]
     for path, value in flatten(settings):
         origin = next((resolved.origins[each] for each in _upwards(path) if each in resolved.origins), None)
         rows.append((path, value, "default" if origin is None else str(origin)))

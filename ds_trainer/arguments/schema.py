@@ -265,12 +265,28 @@ class ObjectiveSection(Section):
 class EvaluateSection(Section):
     """Loss on rows that are never trained on. Without this section nothing is evaluated."""
 
-    sources: Annotated[list[Source], Field(min_length=1)]
-    """The held-out data."""
+    sources: Annotated[list[Source], Field(min_length=1)] | None = None
+    """The held-out data. Give this or `sets`."""
+    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Annotated[list[Source], Field(min_length=1)]] = {}
+    """Several held-out sets, each with a name of its own: measured one by one."""
     every_steps: PositiveInt | None = None
     """Evaluate after every so many optimizer steps; always at the end."""
     max_rows: PositiveInt = 512
-    """Rows that are evaluated at most."""
+    """Rows of each set that are evaluated at most."""
+    metric: NonEmptyText = "loss"
+    """What the best checkpoint and `patience` go by: `loss` or another number of the evaluation such as `rewards/accuracies`;
+    with `sets` the name of one in front, as in `code/loss`."""
+    goal: Literal["lowest", "highest"] | None = None
+    """Which value of `metric` is best; known for `loss`, `rewards/accuracies` and `rewards/margins`."""
+    patience: PositiveInt | None = None
+    """End the run after so many evaluations in a row without a better `metric`."""
+    min_improvement: NonNegativeFloat = 0.0
+    """A value is better for `patience` when it is better by more than this."""
+
+    @property
+    def held_out(self) -> dict[str, list[Source]]:
+        """The sources of each set by name; the one of `sources` has the name ""."""
+        return {"": self.sources} if self.sources is not None else dict(self.sets)
 
 
 class DeepSpeedSection(BaseModel):
@@ -294,7 +310,7 @@ class CheckpointSection(Section):
     keep_every_steps: PositiveInt | None = None
     """Checkpoints of these steps are kept for good."""
     keep_best: NonNegativeInt = 0
-    """Checkpoints with the lowest held-out loss that are kept too; needs `evaluate`."""
+    """So many of the best checkpoints by `evaluate.metric` are kept too; needs `evaluate`."""
     max_gib: Annotated[float, Field(gt=0.0)] | None = None
     """What all checkpoints may take on the disk, in GiB: older ones go first, the newest one never."""
     background: bool = True
@@ -343,6 +359,11 @@ class RunSettings(Section):
     """Where it is kept."""
     monitor: MonitorSection = MonitorSection()
     """What is written about it."""
+
+    @property
+    def probe_sources(self) -> list[Source]:
+        """The data whose loss is kept with every checkpoint."""
+        return next(iter(self.evaluate.held_out.values())) if self.evaluate else self.data.sources
 
     @property
     def lora(self) -> LoraSection | None:

@@ -16,7 +16,7 @@ class Keep:
     every_steps: int | None = None
     """Those of steps that are a multiple of this."""
     best: int = 0
-    """So many with the lowest held-out loss."""
+    """So many of those that were judged best."""
     max_bytes: int | None = None
     """What all may take together."""
 
@@ -26,9 +26,15 @@ class Kept:
     """A complete checkpoint."""
 
     step: int
-    held_out_loss: float | None
-    """None when nothing was evaluated at its step."""
+    badness: float | None
+    """How bad it was judged to be; None when nothing was evaluated at its step, or by another metric."""
     num_bytes: int
+
+
+def from_best_on(checkpoints: Sequence[Kept]) -> list[Kept]:
+    """Those that were judged, the best first; of equal ones the newest."""
+    judged = [each for each in checkpoints if each.badness is not None and math.isfinite(each.badness)]
+    return sorted(judged, key=lambda each: (each.badness, -each.step))
 
 
 def to_remove(checkpoints: Sequence[Kept], keep: Keep) -> list[int]:
@@ -43,8 +49,7 @@ def to_remove(checkpoints: Sequence[Kept], keep: Keep) -> list[int]:
     newest_first = sorted(checkpoints, key=lambda each: -each.step)
     if not newest_first:
         return []
-    measured = [each for each in newest_first if each.held_out_loss is not None and math.isfinite(each.held_out_loss)]
-    best = sorted(measured, key=lambda each: (each.held_out_loss, -each.step))[: keep.best]
+    best = from_best_on(newest_first)[: keep.best]
     milestones = [each for each in newest_first if keep.every_steps and each.step % keep.every_steps == 0]
     wanted = list(dict.fromkeys([*newest_first[: max(1, keep.last)], *best, *milestones]))
     if keep.max_bytes is not None:

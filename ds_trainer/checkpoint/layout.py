@@ -2,6 +2,7 @@
 
     checkpoints/
       latest                      name of the newest complete checkpoint
+      best                        name of the best one by evaluate.metric, where any was evaluated
       step_00000100/              complete: only a finished one ever gets this name
         manifest.json             state of the run, and size and hash of every other file
         rank_00000.safetensors    what each rank held of weights and optimizer states
@@ -27,6 +28,7 @@ from ds_trainer import faults
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
 PARTIAL = ".partial-"
 REMOVED = ".removed-"
 FORMAT = 3
@@ -87,16 +89,25 @@ def _hash_of(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def write_latest(folder: Path, name: str) -> None:
-    """Name the newest checkpoint in `latest`, for people and other programs; this one never relies on it."""
-    temporary = folder / f".{LATEST}"
+def write_name(folder: Path, file_name: str, name: str) -> None:
+    """Name a checkpoint in `latest` or `best`, for people and other programs; this one never relies on it."""
+    temporary = folder / f".{file_name}"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(name)
         file.flush()
         os.fsync(file.fileno())
     faults.point("save_before_latest")
-    temporary.replace(folder / LATEST)
+    temporary.replace(folder / file_name)
     fsync_folder(folder)
+
+
+def judged_of(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """How good a checkpoint was found on held-out data: `metric`, `goal` and `value`; None where nothing was evaluated."""
+    if "judged" in manifest:
+        judged: dict[str, Any] | None = manifest["judged"]
+        return judged
+    loss = manifest.get("held_out_loss")  # as it was written before there was a choice
+    return None if loss is None else {"metric": "loss", "goal": "lowest", "value": loss}
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_trainer import comm, faults, whereabouts
 from ds_trainer.checkpoint import layout
-from ds_trainer.checkpoint.keep import Keep, Kept, to_remove
+from ds_trainer.checkpoint.keep import Keep, Kept, from_best_on, to_remove
 from ds_trainer.checkpoint.slices import SliceKey, file_name, write_slices
 from ds_trainer.errors import CheckpointError
 
@@ -166,24 +166,36 @@ def write_checkpoint(
 def _tidy(folder: Path, name: str, keep: Keep) -> str | None:
     """Let `latest` follow and remove what is not kept. Returns what went wrong: the checkpoint is complete all the same."""
     try:
-        layout.write_latest(folder, name)
+        layout.write_name(folder, layout.LATEST, name)
         faults.point("save_before_prune")
-        remove([folder / layout.checkpoint_name(each) for each in to_remove(kept(folder), keep)])
+        there = kept(folder)
+        if best := from_best_on(there):
+            layout.write_name(folder, layout.BEST, layout.checkpoint_name(best[0].step))
+        remove([folder / layout.checkpoint_name(each) for each in to_remove(there, keep)])
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
     return None
 
 
 def kept(folder: Path) -> list[Kept]:
-    """What the choice of the checkpoints to remove needs to know of each that is complete."""
-    found = []
-    for path in layout.complete_checkpoints(folder):
+    """What the choice of the checkpoints to remove needs to know of each that is complete.
+
+    They are judged by what the newest was judged by: a run may be continued with another metric.
+    """
+    found: list[Kept] = []
+    asked = None
+    for path in reversed(layout.complete_checkpoints(folder)):
         try:
             manifest = layout.read_manifest(path)
         except ValueError:
             continue  # damaged: the next start says so and sets it aside
         num_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
-        found.append(Kept(manifest["step"], manifest.get("held_out_loss"), num_bytes))
+        badness = None
+        if judged := layout.judged_of(manifest):
+            asked = asked or (judged["metric"], judged["goal"])
+            if asked == (judged["metric"], judged["goal"]):
+                badness = judged["value"] if judged["goal"] == "lowest" else -judged["value"]
+        found.append(Kept(manifest["step"], badness, num_bytes))
     return found
 
 

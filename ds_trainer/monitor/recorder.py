@@ -192,22 +192,23 @@ class Recorder:
             self.folder.event("skipped", **fields)
             self.progress.say(f"SKIPPED {text}")
 
-    def evaluation(self, *, step: int, result: Evaluated) -> None:
-        """Take the result of an evaluation in; the same numbers on every rank."""
+    def evaluation(self, *, step: int, result: Evaluated, name: str = "") -> None:
+        """Take the result of an evaluation of one held-out set in; the same numbers on every rank."""
         if comm.rank() == 0:
             loss, num_targets, metrics = result.loss, result.num_targets, result.metrics
             fields = {
                 "step": step,
+                **({"set": name} if name else {}),
                 "evaluate_loss": loss,
                 **({f"evaluate_{name}": value for name, value in metrics.items()} or {"evaluate_perplexity": perplexity(loss)}),
                 "evaluate_targets": num_targets,
             }
             self.folder.metric(fields)
             told = in_words(metrics) or f"perplexity {perplexity(loss):.2f}"
-            self.progress.say(f"step {step}: held-out loss {loss:.4f}, {told} ({num_targets} targets)")
-            self.write_events(
-                [("evaluate/loss", loss, step), *((f"evaluate/{name}", value, step) for name, value in metrics.items())]
-            )
+            which = f" of {name}" if name else ""
+            self.progress.say(f"step {step}: held-out loss{which} {loss:.4f}, {told} ({num_targets} targets)")
+            prefix = f"evaluate/{name}/" if name else "evaluate/"
+            self.write_events([(f"{prefix}{each}", value, step) for each, value in {"loss": loss, **metrics}.items()])
         self._watch.lap()
 
     def stopped_for_save(self, probe_seconds: float) -> None:

@@ -105,6 +105,25 @@ def test_a_wish_to_stop_is_heard_between_two_steps_and_handed_back():
     assert state.step == 5
 
 
+def test_it_ends_when_evaluations_have_not_got_better_for_too_long():
+    values = iter([5.0, 4.0, 4.2, 3.95, 4.1, 3.0])
+    state = TrainState()
+    plan = loop.Plan(max_steps=9, global_batch_size=4, total_rows=None, seed=0, patience=3)
+
+    def after_step(now):
+        now.judge("loss", "lowest", next(values), 0.1)
+
+    assert loop.train(CountingEngine(), iter([[batch(3)]] * 9), state, plan, Recorder(), after_step) == 0
+    assert state.step == 5, "3.95 is better by less than asked for"
+    assert state.best == {"metric": "loss", "value": 4.0, "step": 2, "evaluations_since": 3}
+    again = TrainState.from_json(state.to_json())
+    assert loop.train(CountingEngine(), iter([[batch(3)]] * 9), again, plan, Recorder(), after_step) == 0
+    assert again.step == 5
+    again.judge("rewards/accuracies", "highest", 0.5, 0.0)
+    again.judge("rewards/accuracies", "highest", 0.6, 0.0)
+    assert (again.best["value"], again.best["evaluations_since"]) == (0.6, 0), "another metric begins anew"
+
+
 def test_it_ends_with_the_data_and_does_not_count_rows_that_are_not_there():
     state, _, _ = run(CountingEngine(), [[batch(3)]] * 3, max_steps=9, total_rows=10)
     assert state.step == 3

@@ -100,6 +100,47 @@ EXAMPLES = {
         '"evaluate":',
         run(evaluate__sources=[{"path": "a"}]),
     ),
+    "held_out_data_in_one_way": (
+        run(evaluate__sources=[{"path": "a"}], evaluate__sets={"b": [{"path": "b"}]}),
+        '"evaluate":',
+        run(evaluate__sets={"a": [{"path": "a"}], "b": [{"path": "b"}]}),
+    ),
+    "metric_is_measured": (
+        run(evaluate__sets={"a": [{"path": "a"}]}, checkpoint__keep_best=1, evaluate__metric="loss"),
+        '"metric":',
+        run(evaluate__sets={"a": [{"path": "a"}]}, checkpoint__keep_best=1, evaluate__metric="a/loss"),
+    ),
+    "goal_is_known": (
+        run(
+            train__stage="dpo",
+            evaluate__sources=[{"path": "a"}],
+            evaluate__metric="rewards/chosen",
+            checkpoint__keep_best=1,
+        ),
+        '"metric":',
+        run(
+            train__stage="dpo",
+            evaluate__sources=[{"path": "a"}],
+            evaluate__metric="rewards/chosen",
+            evaluate__goal="highest",
+            checkpoint__keep_best=1,
+        ),
+    ),
+    "patience_needs_evaluations": (
+        run(evaluate__sources=[{"path": "a"}], evaluate__patience=2),
+        '"patience":',
+        run(evaluate__sources=[{"path": "a"}], evaluate__patience=2, evaluate__every_steps=5),
+    ),
+    "metric_is_for_something": (
+        run(evaluate__sources=[{"path": "a"}], evaluate__metric="loss"),
+        '"metric":',
+        run(evaluate__sources=[{"path": "a"}], evaluate__metric="loss", checkpoint__keep_best=1),
+    ),
+    "min_improvement_needs_patience": (
+        run(evaluate__sources=[{"path": "a"}], evaluate__min_improvement=0.1),
+        '"min_improvement":',
+        run(evaluate__sources=[{"path": "a"}], evaluate__min_improvement=0.1, evaluate__patience=2, evaluate__every_steps=5),
+    ),
     "keep_best_needs_evaluate": (
         run(checkpoint__keep_best=1),
         '"keep_best":',
