@@ -258,8 +258,8 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "held_out_data_in_one_way",
         "evaluate",
         lambda v: v.settings.evaluate is not None and (v.settings.evaluate.sources is None) == (not v.settings.evaluate.sets),
-        "give evaluate.sources, or several sets by name in evaluate.sets, such as evaluate.sets.code and evaluate.sets.chat, each "
-        "a list like evaluate.sources.",
+        "give evaluate.sources, or several sets by name in evaluate.sets, such as evaluate.sets.code and evaluate.sets.chat, "
+        "each a list like evaluate.sources.",
         "docs/evaluation.md",
     ),
     Constraint(
