@@ -53,7 +53,7 @@ from ds_trainer.model.noise import add_noise
 from ds_trainer.model.stack import decoder_layers
 from ds_trainer.monitor.metrics import model_flops, peak_flops, uncounted
 from ds_trainer.monitor.recorder import Speed
-from ds_trainer.objectives import dpo, language_model, orpo, reference, reward, simpo
+from ds_trainer.objectives import dpo, kto, language_model, orpo, reference, reward, simpo
 from ds_trainer.protocols import ModelBatch, Objective
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows, samples_of_micro_batch
 from ds_trainer.state import TrainState
@@ -279,6 +279,8 @@ def objective_of(prepared: Prepared, report: Report) -> Objective:
         report(f"objective: {stage}, {', '.join(f'{name} {value}' for name, value in numbers.items())}")
     if stage == "dpo":
         return dpo.objective(reference_of(prepared, report), **numbers)
+    if stage == "kto":
+        return kto.objective(reference_of(prepared, report), **numbers)
     if stage == "orpo":
         return orpo.objective(**numbers)
     if stage == "simpo":

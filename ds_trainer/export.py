@@ -303,12 +303,16 @@ def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, prec
     if settings.train.stage in PAIR_STAGES:
         prefix, measure = ("rewards", plain_values) if has_value_head(settings) else ("logps", plain_log_probs_of_answers)
         answers = torch.cat([measure(model, batch) for batch in batches])
-        found_now = {
-            f"{prefix}/{which}": float(each.mean())
-            for which, each in zip(("chosen", "rejected"), chosen_and_rejected(answers), strict=True)
-        }
+        arranged = [attention.arrange(batch, "sdpa") for batch in batches]
+        if settings.train.stage == "kto":
+            wanted = torch.cat([each.wanted for each in arranged if each.wanted is not None])
+            parts = answers[wanted], answers[~wanted]
+        else:
+            parts = chosen_and_rejected(answers)
+        names = (f"{prefix}/{which}" for which in ("chosen", "rejected"))
+        found_now = {name: float(each.mean()) for name, each in zip(names, parts, strict=True) if len(each)}
         expected = {name: probe["metrics"][name] for name in found_now}
-        count = sum(arranged.num_targets for arranged in (attention.arrange(batch, "sdpa") for batch in batches))
+        count = sum(each.num_targets for each in arranged)
     else:
         losses = [plain_loss(model, batch) for batch in batches]
         count = sum(targets for _, targets in losses)

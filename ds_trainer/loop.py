@@ -30,6 +30,7 @@ class TrainEngine(Protocol):
     device: torch.device
 
     def units(self, batch: ModelBatch) -> tuple[int, ...]: ...  # noqa: D102
+    def look_ahead(self, batches: Iterable[ModelBatch]) -> None: ...  # noqa: D102
     def micro_step(self, batch: ModelBatch, units: Tensor) -> Tensor: ...  # noqa: D102
     def end_step(self) -> Any: ...  # noqa: D102
     def evaluate(self, batch: ModelBatch) -> LossSums: ...  # noqa: D102
@@ -127,6 +128,7 @@ def train(
         counts = torch.tensor([sum(batch.num_targets for batch in window), num_tokens, *own_units], device=engine.device)
         counts = comm.sum_over_ranks(counts)
         num_targets, units = counts[0].clamp(min=1), counts[2:].clamp(min=1)
+        engine.look_ahead(window)
         losses = []
         for batch in window:
             whereabouts.at("forward and backward")
@@ -178,6 +180,8 @@ def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> Evaluation:
     Collective; every rank must have the same number of batches, at least one.
     """
     engine.train_mode(False)
+    batches = list(batches)
+    engine.look_ahead(batches)
     terms: Tensor | float = 0.0
     units: Tensor | float = 0.0
     num_targets = 0
@@ -200,4 +204,4 @@ def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> Evaluation:
     count = len(terms)
     loss = sum(term / max(1.0, unit) for term, unit in zip(sums[:count], sums[count : 2 * count], strict=True))
     pairs = zip(metrics, sums[2 * count + 1 :: 2], sums[2 * count + 2 :: 2], strict=True)
-    return Evaluation(loss, int(sums[2 * count]), {name: value / max(1.0, of) for name, value, of in pairs})
+    return Evaluation(loss, int(sums[2 * count]), {name: value / of for name, value, of in pairs if of})

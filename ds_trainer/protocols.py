@@ -14,6 +14,11 @@ IGNORED = -100
 """The label of a position that is no target; torch's cross entropy uses the same number."""
 
 
+UNWANTED, WANTED, OTHERS, UNUSED = 1, 2, 3, 4
+"""Kinds of documents of labelled answers: an answer that is not wanted, one that is, its prompt with the answer of another
+record, and the same where there is no other; 0 is any other document."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """The rows one rank feeds in one forward, on the CPU, as the loader makes them.
@@ -29,6 +34,8 @@ class MicroBatch:
     """Restart at 0 with each document; the padded tail counts as a document of its own."""
     is_token: Tensor
     """Bool: whether the position holds a token of the data; False in the padded tail."""
+    kinds: Tensor | None = None
+    """Of each document, in their order: (num_documents,) int64; None where all are 0."""
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +59,14 @@ class ModelBatch:
     """Pairs (token, token it attends to) under full causal attention inside each document; a token attends to itself too."""
     sequence_lengths: Tensor | None = None
     """Targets of each document that has any, in the order of the targets: (num_sequences,) int64, each at least 1."""
+    wanted: Tensor | None = None
+    """Of labelled answers: whether each is wanted, (num_sequences,) bool."""
+    num_wanted: int = 0
+    """How many are; known without asking the device."""
+    ahead: ModelBatch | None = None
+    """What is computed before the step only, see `Objective.look_ahead`."""
+    known: Tensor | None = None
+    """What that gave, over the whole step."""
 
     @property
     def num_positions(self) -> int:
@@ -81,6 +96,9 @@ class ModelBatch:
             num_tokens=self.num_tokens,
             attention_pairs=self.attention_pairs,
             sequence_lengths=(None if self.sequence_lengths is None else self.sequence_lengths.to(device, non_blocking=True)),
+            wanted=None if self.wanted is None else self.wanted.to(device, non_blocking=True),
+            num_wanted=self.num_wanted,
+            ahead=None if self.ahead is None else self.ahead.to(device),
         )
 
 
@@ -109,3 +127,6 @@ class Objective:
     """(engine, batch on the engine's device) -> sums. Calls the engine equally often on every rank, with or without targets."""
     units: Callable[[ModelBatch], tuple[int, ...]]
     """(batch) -> what each term is a mean over: targets, pairs; (num_terms), known without computing anything."""
+    look_ahead: Callable[[Callable[..., Tensor], ModelBatch], Tensor] | None = None
+    """(engine, batch on its device) -> sums, (any,), of what the loss of every micro-batch depends on. They are added up over
+    all micro-batches and ranks before the first forward of a step, in evaluation mode, without gradients, to `batch.known`."""

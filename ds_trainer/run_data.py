@@ -250,7 +250,8 @@ def samples_of_rows(
 
 def place_of(store: TokenStore, document: int) -> str:
     """Where a document comes from: path:line, and which answer of a pair it is."""
-    answer = (" (chosen)", " (rejected)")[document % 2] if store.meta.get("together", 1) == 2 else ""
+    names = (" (chosen)", " (rejected)") if store.kinds is None else ("", " (the answer of another record)")
+    answer = names[document % 2] if store.meta.get("together", 1) == 2 else ""
     return f"{where(store.meta['files_read'], document)}:{store.line(document)}{answer}"
 
 

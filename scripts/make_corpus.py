@@ -3,7 +3,8 @@
 Writes into the folder: train.jsonl and held_out.jsonl (`text`: the language reference and every documented module of the
 standard library), pairs_train.jsonl and pairs_held_out.jsonl (`prompt`, `response`: a signature and what it does),
 preferences_train.jsonl and preferences_held_out.jsonl (`prompt`, `chosen`, `rejected`: the right answer, and one to another
-question), tokenizer/ (byte-level BPE trained on train.jsonl) and corpus.json with the figures.
+question), feedback_train.jsonl and feedback_held_out.jsonl (`prompt`, `completion`, `label`: one of the two answers and whether
+it is right), tokenizer/ (byte-level BPE trained on train.jsonl) and corpus.json with the figures.
 """
 
 from __future__ import annotations
@@ -101,6 +102,16 @@ def preferences(pairs: list[tuple[str, dict[str, str]]]) -> list[tuple[str, dict
     return found
 
 
+def feedback(preferred: list[tuple[str, dict[str, str]]]) -> list[tuple[str, dict[str, object]]]:
+    """One answer of every pair, with a label: of every second one the right answer, of the others the wrong one."""
+    found: list[tuple[str, dict[str, object]]] = []
+    for number, (source, pair) in enumerate(preferred):
+        label = number % 2 == 0
+        completion = pair["chosen" if label else "rejected"]
+        found.append((source, {"prompt": pair["prompt"], "completion": completion, "label": label}))
+    return found
+
+
 def unigram_entropy(tokenizer, train: list[str], held_out: list[str]) -> float:
     """Nats a held-out token costs a model that knows only how often each token occurs in the training part."""
     counts: Counter[int] = Counter()
@@ -115,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    if (folder / "corpus.json").is_file() and (folder / "preferences_train.jsonl").is_file():
+    if (folder / "corpus.json").is_file() and (folder / "feedback_train.jsonl").is_file():
         print(f"the corpus is there already: {folder}")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +148,7 @@ def main() -> None:
     write(folder, "pairs_", pairs)
     preferred = preferences(pairs)
     write(folder, "preferences_", preferred)
+    write(folder, "feedback_", feedback(preferred))
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

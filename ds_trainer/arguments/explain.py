@@ -179,7 +179,7 @@ _EXAMPLES = {
     "data.sources": "write for example `sources: [{path: data/train.jsonl}]`",
     "data.seq_len": "write for example `seq_len: 1024`",
     "train": "write for example\n      train:\n        stage: sft",
-    "train.stage": "write `stage: pretrain`, `sft`, `dpo`, `orpo`, `simpo` or `reward`",
+    "train.stage": "write `stage: pretrain`, `sft`, `dpo`, `orpo`, `simpo`, `kto` or `reward`",
     "train.betas": "write for example `betas: [0.9, 0.95]`",
     "evaluate": "write for example\n      evaluate:\n        sources: [{path: data/held_out.jsonl}]",
     "evaluate.sets": "write for example `sets: {code: [{path: data/code.jsonl}]}`; names of letters, digits, `_` and `-`",

@@ -13,6 +13,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "dpo": {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0},
     "orpo": {"odds_weight": 0.1},
     "simpo": {"beta": 2.0, "gamma": 1.0},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
 }
 """Stage -> the settings of the section `objective` that it reads, with their defaults: those of the papers."""
 _ANSWERS = ("chosen", "rejected")
@@ -23,12 +24,15 @@ METRICS: dict[str, tuple[str, ...]] = {
     "sft": (),
     "reward": _REWARDS,
     **dict.fromkeys(("dpo", "orpo", "simpo"), (*_REWARDS, *_LOG_PROBS)),
+    "kto": (*_REWARDS[:2], *_LOG_PROBS, "kl"),
 }
 """Stage -> what its objective measures of held-out rows beside the loss."""
 GOALS = {"loss": "lowest", "rewards/accuracies": "highest", "rewards/margins": "highest"}
 """Which value of a metric is best, where there is no doubt."""
-PAIR_STAGES = ("reward", "dpo", "orpo", "simpo")
-"""Stages that train on pairs of answers."""
+PAIR_STAGES = ("reward", "dpo", "orpo", "simpo", "kto")
+"""Stages whose records are two answers each: a pair, or one and that of another record."""
+REFERENCE_STAGES = ("dpo", "kto")
+"""Stages that compare with the model before the run."""
 
 
 def numbers_of(settings: RunSettings) -> dict[str, Any]:

@@ -195,8 +195,9 @@ class DataSection(Section):
 class TrainSection(Section):
     """What one run does: how long, how large the steps, how the weights move."""
 
-    stage: Literal["pretrain", "sft", "reward", "dpo", "orpo", "simpo"]
-    """`pretrain` trains on every token, `sft` on the assistant's; `dpo`, `orpo`, `simpo` and `reward` on pairs of answers."""
+    stage: Literal["pretrain", "sft", "reward", "dpo", "orpo", "simpo", "kto"]
+    """`pretrain` trains on every token, `sft` on the assistant's; `dpo`, `orpo`, `simpo` and `reward` on pairs of answers,
+    `kto` on answers with a label."""
     max_steps: PositiveInt | None = None
     """Optimizer steps in all. Give this or `epochs`."""
     epochs: Annotated[float, Field(gt=0.0)] | None = None
@@ -253,11 +254,16 @@ class ObjectiveSection(Section):
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] | None = None
     """dpo: what is made of the difference between the two answers; `sigmoid` by default."""
     beta: Annotated[float, Field(gt=0.0)] | None = None
-    """dpo: how much the policy is held to the reference, 0.1 by default. simpo: scale of the rewards, 2.0 by default."""
+    """dpo and kto: how much the policy is held to the reference, 0.1 by default. simpo: scale of the rewards, 2.0 by
+    default."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
     """dpo with `sigmoid` or `robust`: the share of the preferences that is expected to be wrong; 0 by default."""
     gamma: NonNegativeFloat | None = None
     """simpo: the margin that is aimed at, in rewards; 1.0 by default."""
+    desirable_weight: NonNegativeFloat | None = None
+    """kto: weight of the answers that are wanted; 1.0 by default."""
+    undesirable_weight: NonNegativeFloat | None = None
+    """kto: weight of the others; 1.0 by default."""
     odds_weight: Annotated[float, Field(gt=0.0)] | None = None
     """orpo: weight of the odds ratio beside the imitation of the chosen answer; 0.1 by default."""
 

@@ -85,6 +85,8 @@ class TokenizedChunk:
     """Records read, bad ones included, blank lines not."""
     bad: tuple[BadRecord, ...]
     """In the order of their lines."""
+    kinds: NDArray[np.int8] | None = None
+    """Of each document, as protocols names them; None: all are 0."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What else is worth telling: `blank lines`, `records with text like a control token`, ..."""
 
@@ -108,5 +110,6 @@ class TokenizedChunk:
             lines=self.lines[:documents],
             read=documents // together + len(bad),
             bad=bad,
+            kinds=None if self.kinds is None else self.kinds[:documents],
             counts=self.counts,
         )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ds_trainer.data.chunks import BadRecordError, Record
 
-Stage = Literal["pretrain", "sft", "reward", "dpo", "orpo", "simpo"]
+Stage = Literal["pretrain", "sft", "reward", "dpo", "orpo", "simpo", "kto"]
 """`train.stage`."""
 Records = Literal["pretrain", "sft", "preference", "kto"]
 """What a stage trains on: texts, conversations, pairs of answers, labelled answers."""
@@ -85,6 +85,17 @@ class Labelled:
 
     conversation: Conversation
     desirable: bool
+    num_prompt: int
+    """Messages of the prompt; the others are the ending."""
+
+    @property
+    def ending(self) -> list[Message]:
+        """What is judged."""
+        return self.conversation.messages[self.num_prompt :]
+
+    def with_ending(self, ending: list[Message]) -> Conversation:
+        """The prompt with another ending."""
+        return replace(self.conversation, messages=[*self.conversation.messages[: self.num_prompt], *ending])
 
 
 def text(record: Record) -> str:
@@ -197,7 +208,7 @@ def kto(record: Record) -> Labelled:
         raise BadRecordError(Reason.WRONG_TYPE, f"`label` is {_kind(label)}; it must be true (desirable) or false")
     prompt = _prompt(record)
     completion = _after(prompt, _turns(record, "completion", _assistant), "completion")
-    return Labelled(_answered(prompt, completion, _tools(record), "completion"), label)
+    return Labelled(_answered(prompt, completion, _tools(record), "completion"), label, len(prompt))
 
 
 def _tokens(record: Record) -> str:
@@ -242,12 +253,14 @@ FORMATS: dict[Format, FormatRule] = {
 
 def records_of(stage: Stage) -> Records:
     """What a stage trains on."""
-    return stage if stage == "pretrain" or stage == "sft" else "preference"
+    return stage if stage in ("pretrain", "sft", "kto") else "preference"  # type: ignore[return-value]
 
 
 def documents_of(stage: Stage) -> int:
-    """Documents that a record becomes, which are fed together: a pair is two, chosen and rejected."""
-    return 2 if records_of(stage) == "preference" else 1
+    """Documents that a record becomes, which are fed together: a pair is two, chosen and rejected; a labelled answer two, with
+    the answer of another record.
+    """
+    return 2 if records_of(stage) in ("preference", "kto") else 1
 
 
 def fitting_formats(keys: Collection[str]) -> list[Format]:

@@ -21,7 +21,7 @@ from ds_trainer import faults
 from ds_trainer.arguments.schema import DataSection, Source
 from ds_trainer.data.cache import build_once, describe_files, fingerprint
 from ds_trainer.data.chunks import BadRecord, Chunk, TokenizedChunk
-from ds_trainer.data.formats import FORMATS, Stage, documents_of, records_of
+from ds_trainer.data.formats import FORMATS, Stage, documents_of
 from ds_trainer.data.lease import Lease
 from ds_trainer.data.pack import Overlong
 from ds_trainer.data.readers import read_chunks
@@ -196,7 +196,7 @@ def recipes_of(
 
 def overlong_of(data: DataSection, stage: Stage) -> Overlong:
     """What happens to a sample longer than a row: as the run file says, or by default of the stage."""
-    if records_of(stage) == "preference":
+    if documents_of(stage) == 2:
         return "drop"  # a cut answer is not the one that was judged
     return data.overlong or ("split" if stage == "pretrain" else "truncate")
 
@@ -268,7 +268,7 @@ def _fill(
     tally, sizes = _taken_up(target)
     if tally.chunks:
         meter.take_up(tally)
-    tally.together = 2 if FORMATS[recipe.format].stage == "preference" else 1
+    tally.together = 2 if FORMATS[recipe.format].stage in ("preference", "kto") else 1
     writer = StoreWriter(target, sizes)
     kept = time.monotonic()
     try:
@@ -430,8 +430,8 @@ def _prepare_pool(
         and meta["overlong_documents"] > data.max_untrained_fraction * documents
     ):
         raise DataError(
-            f"{names}: {meta['overlong_documents']:,} of {documents:,} pairs are longer than a row of {seq_len:,}, chosen and "
-            f"rejected together, and data.max_untrained_fraction allows {data.max_untrained_fraction:.1%} to be dropped for "
+            f"{names}: {meta['overlong_documents']:,} of {documents:,} records are longer than a row of {seq_len:,}, both "
+            f"answers together, and data.max_untrained_fraction allows {data.max_untrained_fraction:.1%} to be dropped for "
             "it. Raise data.seq_len or the limit, or write data.overlong=drop."
         )
     if untrained > data.max_untrained_fraction * documents:

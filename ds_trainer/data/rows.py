@@ -31,11 +31,13 @@ Ints = NDArray[np.int64]
 PACKED_TOGETHER = 1 << 20
 """Documents that are packed together: enough to fill rows, few enough to be held in memory."""
 SEGMENT = np.dtype([("token", "<i8"), ("document", "<i8"), ("length", "<i4"), ("store", "<i4")])
-"""Its first token in the store, its document there, its tokens, and which store of the pool."""
+"""Its first token in the store, its document there, its tokens, and which store of the pool; from bit 16 on of that number the
+document's kind, which is 0 but for labelled answers."""
 SPAN = np.dtype([("begin", "<i4"), ("end", "<i4")])
 """Trained tokens, by their place in the row; the first of a segment is never among them."""
 _FILES = ("rows.bin", "segments.bin", "spans.bin")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_KIND, _STORE = 16, (1 << 16) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ class TokenRows:
     def samples(self, row: int) -> list[tuple[TokenStore, int]]:
         """The store and the number of each document in a row, in the order of the row."""
         pool, own = self._place(row)
-        return [(pool.stores[store], document) for _, document, _, store in pool.segments(own)]
+        return [(pool.stores[store & _STORE], document) for _, document, _, store in pool.segments(own)]
 
     def _place(self, row: int) -> tuple[Pool, int]:
         for pool in self.pools:
@@ -175,6 +177,7 @@ class Batch:
         self._places = _places(seq_len)
         self.position_ids = self._places[None].repeat(rows, axis=0)
         self.is_token = np.zeros((rows, seq_len), np.bool_)
+        self._kinds: list[int] = []
 
     def fill(
         self,
@@ -189,7 +192,8 @@ class Batch:
         at = 0
         for token, _, length, store in segments:
             end = at + length
-            stores[store].copy_tokens(token, tokens[at:end])
+            stores[store & _STORE].copy_tokens(token, tokens[at:end])
+            self._kinds.append(store >> _KIND)
             positions[at:end] = self._places[:length]
             at = end
         ids[:at] = tokens[:at]
@@ -205,6 +209,7 @@ class Batch:
             labels=torch.from_numpy(self.labels),
             position_ids=torch.from_numpy(self.position_ids),
             is_token=torch.from_numpy(self.is_token),
+            kinds=torch.tensor(self._kinds) if any(self._kinds) else None,
         )
 
 
@@ -219,6 +224,8 @@ def lay_out(store: Store, rows: Rows, *, store_number: int) -> Plan:
     laid = np.empty(len(segments.length), SEGMENT)
     laid["token"] = store.first_tokens(segments.document) + segments.start
     laid["document"], laid["length"], laid["store"] = segments.document, segments.length, store_number
+    if store.kinds is not None:
+        laid["store"] |= store.kinds[segments.document].astype(np.int32) << _KIND
     begins = np.cumsum(segments.length) - segments.length
     in_row = begins - np.repeat(begins[rows.offsets[:-1]], counts) if len(begins) else begins
     low, high, segment = _trained_spans(store, segments)

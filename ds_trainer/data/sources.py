@@ -363,14 +363,19 @@ def _check_stage(path: str, format: Format, stage: Stage) -> None:
             f"{path}: format {format} holds no pairs of answers, and train.stage = {stage} compares the two of a pair. "
             'Give records like {"prompt": ..., "chosen": ..., "rejected": ...}.'
         )
+    if stage == "kto":
+        raise DataError(
+            f"{path}: format {format} holds no labelled answers, and train.stage = kto needs them. "
+            'Give records like {"prompt": ..., "completion": ..., "label": true}.'
+        )
     if needed == "preference":
         raise DataError(
             f"{path}: format {format} holds pairs of answers, but train.stage = {stage}. Write train.stage=dpo (or reward, "
             "orpo, simpo), or give the answers to imitate as prompt_response or messages."
         )
     raise DataError(
-        f"{path}: format {format} holds labelled answers, which no stage trains on yet. Give pairs for train.stage=dpo, or the "
-        "answers to imitate as prompt_response or messages for train.stage=sft."
+        f"{path}: format {format} holds labelled answers, but train.stage = {stage}. Write train.stage=kto, or give the "
+        "answers to imitate as prompt_response or messages."
     )
 
 

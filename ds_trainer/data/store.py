@@ -33,7 +33,7 @@ _TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"
 _CODES = {name: code for code, name in _TYPES.items()}
 _BLOCK = 1 << 20
 
-_PARTS = ("tokens.bin", "lengths.bin", "spans.bin", "span_counts.bin", "lines.bin")
+_PARTS = ("tokens.bin", "lengths.bin", "spans.bin", "span_counts.bin", "lines.bin", "kinds.bin")
 """What grows while a store is written, in this order."""
 
 
@@ -109,6 +109,8 @@ class Store:
     """Of the tokens."""
     lengths: NDArray[np.int32]
     """Tokens of each document: (num_documents,)."""
+    kinds: NDArray[np.int8] | None = None
+    """Of each document, as protocols names them: (num_documents,); None: all are 0."""
     _spans: NDArray[np.int32] | None = None
     _span_offsets: Ints | None = None
 
@@ -185,6 +187,8 @@ class TokenStore(Store):
             self._spans, self._span_offsets = spans.array.reshape(-1, 2), offsets.array
             self._mapped += [spans, offsets]
         self._lines = Mapped(folder / "lines.bin", "<i8").array
+        if (folder / "kinds.bin").exists():
+            self.kinds = Mapped(folder / "kinds.bin", "i1").array
 
     def first_tokens(self, documents: Ints) -> Ints:
         """Where these documents start in the tokens of all, laid end to end."""
@@ -275,7 +279,7 @@ class StoreWriter:
     def append(self, chunk: TokenizedChunk) -> None:
         """Write the documents of a chunk."""
         self.dtype = chunk.tokens.dtype.name
-        arrays = (chunk.tokens, chunk.lengths, chunk.spans, chunk.span_counts, chunk.lines)
+        arrays = (chunk.tokens, chunk.lengths, chunk.spans, chunk.span_counts, chunk.lines, chunk.kinds)
         for name, values in zip(_PARTS, arrays, strict=True):
             if values is not None:
                 self._files[name].write(np.ascontiguousarray(values).data)
@@ -301,6 +305,8 @@ class StoreWriter:
             (self.folder / "spans.bin").unlink()
         for name in ("lengths.bin", "span_counts.bin"):
             (self.folder / name).unlink()
+        if not (self.folder / "kinds.bin").stat().st_size:
+            (self.folder / "kinds.bin").unlink()
 
     def close(self) -> None:
         """Close the files as they are."""

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ds_trainer.data.chunks import BadRecord, BadRecordError, Chunk, TokenizedChunk
-from ds_trainer.data.formats import FORMATS, Conversation, Format, Pair, Reason, Stage, records_of
+from ds_trainer.data.formats import FORMATS, Conversation, Format, Labelled, Pair, Reason, Stage, records_of
 from ds_trainer.data.readers import parse_chunk
 from ds_trainer.data.render import (
     ControlTokens,
@@ -31,6 +31,7 @@ from ds_trainer.data.render import (
 )
 from ds_trainer.data.sources import rename
 from ds_trainer.errors import DataError, ModelError
+from ds_trainer.protocols import OTHERS, UNUSED, UNWANTED, WANTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,8 @@ BATCH = 64
 """Texts encoded at a time: what an encoding takes beside its ids is a hundred times as large, so few should live at once."""
 CACHED_WORDS = 200_000
 """Words whose tokens a BPE remembers; its own 10,000 are soon full, and then nothing new is kept."""
+_NEIGHBOURS = 100
+"""Records that are looked at for another answer."""
 CONTROL_COUNT = "records with text like a control token"
 EMPTY_COUNT = "empty texts"
 
@@ -58,7 +61,7 @@ class Recipe:
     """All that decides which tokens a record becomes. Picklable; says nothing about files."""
 
     format: Format
-    stage: Literal["pretrain", "sft", "preference", "reward"]
+    stage: Literal["pretrain", "sft", "preference", "reward", "kto"]
     """What a record becomes: a text, a conversation, or two, of which the answers or only the last token are targets."""
     fields: Mapping[str, str]
     """The format's key -> the record's, as in `Source.fields`."""
@@ -119,7 +122,7 @@ def make_recipe(
         raise DataError(f"format {format} is for train.stage={needed}, not {stage}. Change one of them.")
     recipe = Recipe(
         format=format,
-        stage="reward" if stage == "reward" else stage if stage == "pretrain" or stage == "sft" else "preference",
+        stage=stage if stage in ("pretrain", "sft", "reward", "kto") else "preference",  # type: ignore[arg-type]
         fields=dict(fields),
         backend=backend_json(tokenizer),
         special_tokens=dict(tokenizer.special_tokens_map),
@@ -128,7 +131,7 @@ def make_recipe(
         template=None if stage == "pretrain" else template,
         train_on=train_on,
         dtype="uint16" if max(tokenizer.get_vocab().values(), default=0) < LARGEST_UINT16 else "int32",
-        row_tokens=seq_len if records == "preference" else None,
+        row_tokens=seq_len if records in ("preference", "kto") else None,
         pad=tokenizer.pad_token_id if stage == "reward" else None,
     )
     if recipe.template is not None:
@@ -234,7 +237,9 @@ class ChunkTokenizer:
         """
         if self._recipe.stage == "pretrain":
             return self._texts(chunk)
-        return self._conversations(chunk) if self._recipe.stage == "sft" else self._pairs(chunk)
+        if self._recipe.stage == "sft":
+            return self._conversations(chunk)
+        return self._labelled(chunk) if self._recipe.stage == "kto" else self._pairs(chunk)
 
     @cached_property
     def _plain(self) -> _Encoder:
@@ -331,6 +336,51 @@ class ChunkTokenizer:
             spans += [found for _, found in both]
         return work.done(documents, spans, recipe.dtype)
 
+    def _labelled(self, chunk: Chunk) -> TokenizedChunk:
+        """Two documents for each record: its own, and its prompt with the answer of a later record of the chunk.
+
+        The answer is the first that is another; after the last record comes the first one.
+        """
+        recipe = self._recipe
+        assert recipe.template is not None
+        work = _Work(chunk)
+        records: list[tuple[int, Labelled]] = []
+        own: list[tuple[int, Rendered]] = []
+
+        def render(conversation: Conversation) -> Rendered:
+            return render_conversation(conversation, str(recipe.template), recipe.special_tokens, control=self._control)
+
+        for line, record in work.records():
+            try:
+                labelled = self._convert(rename(record, recipe.fields))
+                assert isinstance(labelled, Labelled)
+                own.append((line, render(labelled.conversation)))
+            except BadRecordError as error:
+                work.refuse(line, error)
+                continue
+            records.append((line, labelled))
+        items: list[tuple[int, Rendered]] = []
+        kinds: list[tuple[int, int]] = []
+        for index, (line, labelled) in enumerate(records):
+            others = (records[(index + step) % len(records)][1].ending for step in range(1, min(len(records), _NEIGHBOURS)))
+            ending = next((each for each in others if each != labelled.ending), None)
+            other = own[index][1] if ending is None else render(labelled.with_ending(ending))
+            items += [own[index], (line, other)]
+            kinds.append((WANTED if labelled.desirable else UNWANTED, UNUSED if ending is None else OTHERS))
+        documents, spans = [], []
+        kept: list[int] = []
+        encoded = self._in_order(work, items, _Encoder.ids_and_spans)
+        for (line, first), (_, second), kind in zip(encoded, encoded, kinds, strict=True):
+            try:
+                both = [self._targets_of_answer("completion", *each) for each in (first, second)]
+            except BadRecordError as error:
+                work.refuse(line, error)
+                continue
+            documents += [(line, ids.astype(recipe.dtype)) for ids, _ in both]
+            spans += [found for _, found in both]
+            kept += kind
+        return replace(work.done(documents, spans, recipe.dtype), kinds=np.array(kept, np.int8))
+
     def _targets_of_pair(self, *answers: tuple[NDArray[np.int32], list[Span] | BadRecordError]) -> list[_Spanned]:
         """What is a target of a chosen and a rejected answer.
 
@@ -338,18 +388,8 @@ class ChunkTokenizer:
             BadRecordError: it cannot be told, nothing differs, or there is no room for an answer.
         """
         recipe, both = self._recipe, []
-        for name, (ids, found) in zip(("chosen", "rejected"), answers, strict=True):
-            if isinstance(found, BadRecordError):
-                raise BadRecordError(found.reason, f"`{name}`: {found}")
-            if not found:
-                raise BadRecordError(Reason.NOTHING_TRAINED, f"`{name}` has no token of its own; write the answer")
-            prompt = found[0][0]
-            if recipe.row_tokens is not None and prompt >= recipe.row_tokens:
-                raise BadRecordError(
-                    Reason.PROMPT_TOO_LONG,
-                    f"the prompt takes {prompt:,} tokens, and a row has {recipe.row_tokens:,} (data.seq_len), so no answer has "
-                    "room; shorten it, raise data.seq_len, or remove the record",
-                )
+        for name, (ids, spans) in zip(("chosen", "rejected"), answers, strict=True):
+            _, found = self._targets_of_answer(name, ids, spans)
             if recipe.stage == "reward":
                 # Where transformers' own class reads the value: the last token that is no padding.
                 # Source: transformers 5.23, modeling_layers.py, GenericForSequenceClassification.
@@ -360,6 +400,25 @@ class ChunkTokenizer:
             what = "`chosen` and `rejected` become the same tokens, so there is nothing to prefer; remove the record"
             raise BadRecordError(Reason.EQUAL_ANSWERS, what)
         return both
+
+    def _targets_of_answer(self, name: str, ids: NDArray[np.int32], found: list[Span] | BadRecordError) -> _Spanned:
+        """The same ids and spans, when they can be trained on.
+
+        Raises:
+            BadRecordError: it cannot be told what the answer is, or there is no room for it.
+        """
+        if isinstance(found, BadRecordError):
+            raise BadRecordError(found.reason, f"`{name}`: {found}")
+        if not found:
+            raise BadRecordError(Reason.NOTHING_TRAINED, f"`{name}` has no token of its own; write the answer")
+        prompt, room = found[0][0], self._recipe.row_tokens
+        if room is not None and prompt >= room:
+            raise BadRecordError(
+                Reason.PROMPT_TOO_LONG,
+                f"the prompt takes {prompt:,} tokens, and a row has {room:,} (data.seq_len), so no answer has room; shorten "
+                "it, raise data.seq_len, or remove the record",
+            )
+        return ids, found
 
     def _in_order(
         self,

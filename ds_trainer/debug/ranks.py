@@ -7,7 +7,7 @@ are micro-batch 1 of every rank, then micro-batch 2 of every rank. In a stream, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -126,6 +126,10 @@ class AsRanks:
         """The update from the micro-batches of all ranks."""
         self._index = 0
         return self.engine.end_step()
+
+    def look_ahead(self, batches: Iterable[ModelBatch]) -> None:
+        """As the engine does: the batches are those of all ranks."""
+        self.engine.look_ahead(batches)
 
     def evaluate(self, batch: ModelBatch) -> LossSums:
         """As the engine does."""

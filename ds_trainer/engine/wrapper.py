@@ -5,13 +5,15 @@ What is DeepSpeed's way of doing things ends here: its scaling by accumulation s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds_trainer import comm
 from ds_trainer.engine import state
 from ds_trainer.engine.pace import Pace
 from ds_trainer.protocols import LossSums, MetricSums, ModelBatch, Objective
@@ -45,6 +47,7 @@ class Engine:
         self._pace = Pace(deepspeed_engine.module, deepspeed_engine.device)
         self._copies: dict[tuple[int, str], Tensor] = {}
         self._metrics: dict[str, tuple[Tensor, int]] = {}
+        self._known: Tensor | None = None
         self.data_parallel_size: int = deepspeed_engine.dp_world_size
         self.device: torch.device = deepspeed_engine.device
 
@@ -77,6 +80,23 @@ class Engine:
         """What the terms of the loss are means over, in this batch. Not collective."""
         return self._objective.units(batch)
 
+    def look_ahead(self, batches: Iterable[ModelBatch]) -> None:
+        """Find out what the objective has to know of all batches before the first of them; most have nothing to ask.
+
+        Args:
+            batches: of the step that comes next, or of an evaluation; as many on every rank.
+        """
+        ahead = self._objective.look_ahead
+        if ahead is None:
+            return
+        was_training = self.model.training
+        self.train_mode(False)
+        with torch.no_grad():
+            sums = torch.stack([ahead(self._engine, batch.to(self.device)) for batch in batches]).sum(0)
+        self.train_mode(was_training)
+        self._forget_passes()
+        self._known = comm.sum_over_ranks(sums)
+
     def micro_step(self, batch: ModelBatch, units: Tensor) -> Tensor:
         """One forward and backward.
 
@@ -91,7 +111,7 @@ class Engine:
             This micro-batch's share of the loss of the step: a scalar on the device. Nothing waits for the device.
         """
         with self._pace.measured() if self._begins else nullcontext():
-            sums = self._objective.sums(self._engine, batch)
+            sums = self._objective.sums(self._engine, replace(batch, known=self._known))
         self._begins, self._trains = False, True
         # 0 for a finite loss, NaN for any other: then all gradients are NaN, and DeepSpeed's own check before the update covers
         # the loss too, on all ranks and without another wait for the device.
@@ -137,7 +157,7 @@ class Engine:
     def evaluate(self, batch: ModelBatch) -> LossSums:
         """The sums of a batch, without gradients; call it after `train_mode(False)`."""
         with torch.no_grad():
-            sums = self._objective.sums(self._engine, batch)
+            sums = self._objective.sums(self._engine, replace(batch, known=self._known))
         self._forget_passes()
         return sums
 

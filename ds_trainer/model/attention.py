@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_trainer.errors import ModelError
-from ds_trainer.protocols import IGNORED, MicroBatch, ModelBatch
+from ds_trainer.protocols import IGNORED, OTHERS, UNUSED, UNWANTED, WANTED, MicroBatch, ModelBatch
 
 DOCUMENTS = "documents"
 """Our implementation: one attention call a document, so that no masked pair is ever computed."""
@@ -115,6 +116,12 @@ def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> Mod
         implementation: as `choose_attention` decided.
         pin: put it into memory that a GPU copies from without waiting.
     """
+    if batch.kinds is not None:
+        own, ahead = (arrange(_only(batch, kinds), implementation, pin=pin) for kinds in ((UNWANTED, WANTED), (OTHERS, UNUSED)))
+        wanted = batch.kinds[(batch.kinds == UNWANTED) | (batch.kinds == WANTED)] == WANTED
+        counted = batch.kinds[(batch.kinds == OTHERS) | (batch.kinds == UNUSED)] == OTHERS
+        ahead = replace(ahead, wanted=counted, num_wanted=int(counted.sum()))
+        return replace(own, wanted=wanted, num_wanted=int(wanted.sum()), ahead=ahead)
 
     def pinned(tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if pin else tensor
@@ -155,6 +162,19 @@ def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> Mod
         num_tokens=batch.num_tokens,
         attention_pairs=int((batch.position_ids + 1)[batch.is_token].sum()),
         sequence_lengths=pinned(sequence_lengths),
+    )
+
+
+def _only(batch: MicroBatch, kinds: tuple[int, ...]) -> MicroBatch:
+    """A micro-batch of its documents of some kinds; the others become padding, which layouts without padding leave out."""
+    assert batch.kinds is not None
+    document = ((batch.position_ids == 0) & batch.is_token).flatten().cumsum(0).reshape(batch.is_token.shape) - 1
+    kept = batch.is_token & torch.isin(batch.kinds, torch.tensor(kinds))[document.clamp(min=0)]
+    return MicroBatch(
+        input_ids=batch.input_ids,
+        labels=torch.where(kept, batch.labels, IGNORED),
+        position_ids=batch.position_ids,
+        is_token=kept,
     )
 
 

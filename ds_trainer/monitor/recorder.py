@@ -136,7 +136,7 @@ class Recorder:
         sums = comm.sum_over_ranks(torch.cat([shares, fed, targets_here[None], *own_sums])).tolist()
         losses, rest = sums[: len(shares)], sums[len(shares) :]
         (tokens, positions, pairs, targets), found = rest[:4], rest[4:]
-        metrics = {name: value / max(1.0, of) for name, value, of in zip(measured, found[::2], found[1::2], strict=True)}
+        metrics = {name: value / of for name, value, of in zip(measured, found[::2], found[1::2], strict=True) if of}
         # After the collective, so that it holds the wait for the device and for slower ranks too.
         seconds = self._watch.lap()
         self._forwards.extend(self.own_seconds())

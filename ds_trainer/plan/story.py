@@ -13,7 +13,7 @@ from pathlib import Path
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.engine_config import build_engine_config, hidden_size_of, optimizer_kind, solve_run_batch
 from ds_trainer.arguments.merge import Resolved, resolve
-from ds_trainer.arguments.objective import reference_is_base
+from ds_trainer.arguments.objective import REFERENCE_STAGES, reference_is_base
 from ds_trainer.engine.optim import require_trained
 from ds_trainer.errors import ModelError, RefusedError
 from ds_trainer.model import load
@@ -179,13 +179,14 @@ def _notes_on_pairs(resolved: Resolved) -> list[str]:
     if settings.train.stage == "reward":
         return ["train.stage = reward: counted as a language model, whose head a reward model does not have, so it takes less"]
     if has_reference(resolved):
-        return ["train.stage = dpo keeps a frozen copy of the model as its reference; with a new adapter it takes nothing"]
+        stage = settings.train.stage
+        return [f"train.stage = {stage} keeps a frozen copy of the model as its reference; with a new adapter it takes nothing"]
     return []
 
 
 def has_reference(resolved: Resolved) -> bool:
     """Whether the run holds a second model, which it only computes with."""
-    return resolved.settings.train.stage == "dpo" and not reference_is_base(resolved.settings.adapter)
+    return resolved.settings.train.stage in REFERENCE_STAGES and not reference_is_base(resolved.settings.adapter)
 
 
 def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str) -> list[str]:

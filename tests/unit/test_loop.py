@@ -38,6 +38,8 @@ class CountingEngine:
     def units(self, batch: ModelBatch) -> tuple[int, ...]:
         return (batch.num_targets,)
 
+    def look_ahead(self, batches) -> None: ...
+
     def micro_step(self, batch: ModelBatch, units: torch.Tensor) -> torch.Tensor:
         self.random.append(torch.rand(()).item())
         return batch.num_targets / units[0] * (float("nan") if len(self.random) in self.spoiled else 1)

@@ -17,8 +17,8 @@ from ds_trainer.arguments.schema import AdapterSection, LoraSection, TrainSectio
 from ds_trainer.engine.build import build_engine, freeze, gather, prepare_deepspeed, sharded_construction
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_adapter, base_of
-from ds_trainer.objectives import dpo, language_model, orpo, reference, reward, simpo
-from ds_trainer.protocols import IGNORED, MicroBatch
+from ds_trainer.objectives import dpo, kto, language_model, orpo, reference, reward, simpo
+from ds_trainer.protocols import IGNORED, OTHERS, UNWANTED, WANTED, MicroBatch
 
 STEPS, PAIRS, POSITIONS = 3, 8, 72
 PACKED = ((0, 1, 2), (3,), (4, 5, 6, 7), ())  # pairs of each row: one rank in two may have a row without any
@@ -40,6 +40,7 @@ CELLS = [
     *(("dpo", stage, accumulation, True) for stage in (1, 2, 3) for accumulation in (1, 2)),
     *(("dpo", stage, 2, False) for stage in (2, 3)),
     *((name, stage, 2, True) for name, stage in (("orpo", 3), ("reward", 3), ("simpo", 2))),
+    *(("kto", stage, accumulation, packed) for stage, accumulation, packed in ((1, 1, True), (2, 2, False), (3, 2, True))),
     *((name, stage, 2, True) for name in ("adapter_off", "adapter_copy") for stage in (2, 3)),
 ]
 
@@ -52,7 +53,12 @@ def documents(step: int, pair: int) -> list[tuple[list[int], int]]:
     return [(prompt + torch.randint(0, 64, (size,), generator=generator).tolist(), size) for size in answers]
 
 
-def micro_batch(step: int, rows: list[tuple[int, ...]], value_head: bool) -> MicroBatch:
+def is_wanted(pair: int) -> bool:
+    """Of a pair whose first answer has a label, and whose second one is that of another record."""
+    return pair % 3 != 0
+
+
+def micro_batch(step: int, rows: list[tuple[int, ...]], name: str) -> MicroBatch:
     ids, labels, positions = (torch.zeros(len(rows), POSITIONS, dtype=torch.int64) for _ in range(3))
     labels.fill_(IGNORED)
     is_token = torch.zeros(len(rows), POSITIONS, dtype=torch.bool)
@@ -61,13 +67,14 @@ def micro_batch(step: int, rows: list[tuple[int, ...]], value_head: bool) -> Mic
         for tokens, size in (each for pair in pairs for each in documents(step, pair)):
             end = at + len(tokens)
             ids[slot, at:end] = torch.tensor(tokens)
-            trained = 1 if value_head else size
+            trained = 1 if name == "reward" else size
             labels[slot, end - 1 - trained : end - 1] = ids[slot, end - trained : end]
             positions[slot, at:end] = torch.arange(len(tokens))
             at = end
         is_token[slot, :at] = True
         positions[slot, at:] = torch.arange(POSITIONS - at)
-    return MicroBatch(input_ids=ids, labels=labels, position_ids=positions, is_token=is_token)
+    kinds = [each for pairs in rows for pair in pairs for each in (WANTED if is_wanted(pair) else UNWANTED, OTHERS)]
+    return MicroBatch(ids, labels, positions, is_token, torch.tensor(kinds) if name == "kto" and kinds else None)
 
 
 def build_model(seed: int, gather_parameters=None, *, value_head: bool = False):
@@ -103,7 +110,7 @@ def run(name: str, stage: int, accumulation: int, packed: bool) -> dict[str, tor
         reward.attach(model)
     else:
         language_model.attach(base_of(model), chunked=True)
-    if name in ("dpo", "adapter_copy"):
+    if name in ("dpo", "kto", "adapter_copy"):
         with sharded_construction(config):
             other = build_model(0 if adapted else 1, gathering)
         language_model.attach(other, chunked=True)
@@ -115,6 +122,7 @@ def run(name: str, stage: int, accumulation: int, packed: bool) -> dict[str, tor
         "orpo": orpo.objective(odds_weight=WEIGHT),
         "simpo": simpo.objective(beta=2.0, gamma=GAMMA),
         "reward": reward.BRADLEY_TERRY,
+        "kto": kto.objective(of_reference, beta=BETA, desirable_weight=1.5, undesirable_weight=0.5),
     }.get(name) or dpo.objective(of_reference, **numbers)
     engine = build_engine(
         model,
@@ -129,10 +137,11 @@ def run(name: str, stage: int, accumulation: int, packed: bool) -> dict[str, tor
     losses = []
     for step in range(STEPS):
         starts = [(m * ranks + rank) * micro for m in range(accumulation)]
-        batches = [micro_batch(step, rows[start : start + micro], value_head) for start in starts]
+        batches = [micro_batch(step, rows[start : start + micro], name) for start in starts]
         window = [attention.arrange(batch, "documents") for batch in batches]
         own = [sum(each) for each in zip(*map(engine.units, window), strict=True)]
         units = comm.sum_over_ranks(torch.tensor(own))
+        engine.look_ahead(window)
         loss = sum(engine.micro_step(batch, units) for batch in window)
         outcome = engine.end_step()
         losses.append(float(comm.sum_over_ranks(loss)))

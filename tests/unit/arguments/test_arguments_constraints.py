@@ -50,6 +50,16 @@ EXAMPLES = {
         '"odds_weight":',
         run(objective__odds_weight=0.2, train__stage="orpo"),
     ),
+    "desirable_weight_is_of_the_objective": (
+        run(objective__desirable_weight=2.0, train__stage="dpo"),
+        '"desirable_weight":',
+        run(objective__desirable_weight=2.0, train__stage="kto"),
+    ),
+    "undesirable_weight_is_of_the_objective": (
+        run(objective__undesirable_weight=2.0, train__stage="dpo"),
+        '"undesirable_weight":',
+        run(objective__undesirable_weight=2.0, train__stage="kto"),
+    ),
     "label_smoothing_has_two_sides": (
         run(objective__label_smoothing=0.2, objective__loss="ipo", train__stage="dpo"),
         '"label_smoothing":',

@@ -109,8 +109,8 @@ PAIR = Pair(conversation(USER, ASSISTANT, untrained=[0]), conversation(USER, OTH
                 conversation(USER, ASSISTANT, USER, OTHER, untrained=[0, 1, 2]),
             ),
         ),
-        ("kto", {"prompt": "two plus two?", "completion": "four", "label": True}, Labelled(PAIR.chosen, True)),
-        ("kto", {"prompt": [USER], "completion": [OTHER], "label": False}, Labelled(PAIR.rejected, False)),
+        ("kto", {"prompt": "two plus two?", "completion": "four", "label": True}, Labelled(PAIR.chosen, True, 1)),
+        ("kto", {"prompt": [USER], "completion": [OTHER], "label": False}, Labelled(PAIR.rejected, False, 1)),
     ],
 )
 def test_a_record_becomes_what_it_says(format, record, expected):

@@ -140,7 +140,7 @@ def test_a_pair_longer_than_a_row_is_dropped_whole_and_many_are_refused(write, p
     assert sum(len(row) for row in documents(rows, tokenizer)) == 46
     assert "1 overlong dropped" in reports[-1]
     some = write("b.jsonl", *PAIRS[:4], both)
-    with pytest.raises(DataError, match=r"1 of 5 pairs are longer than a row of 64.*write data.overlong=drop"):
+    with pytest.raises(DataError, match=r"1 of 5 records are longer than a row of 64.*write data.overlong=drop"):
         prepare_pairs(some)
     assert sum(len(row) for row in documents(prepare_pairs(some, overlong="drop"), tokenizer)) == 8
 

@@ -174,8 +174,10 @@ def test_a_format_that_the_stage_cannot_train_on_is_refused_with_the_other_stage
         find(write("a.jsonl", GOOD), stage="sft")
     with pytest.raises(DataError, match=r"format preference holds pairs .* train.stage = sft. Write train.stage=dpo"):
         find(write("a.jsonl", {"chosen": "a", "rejected": "b"}), stage="sft")
-    with pytest.raises(DataError, match=r"format kto holds labelled answers, which no stage trains on"):
+    with pytest.raises(DataError, match=r"format kto holds labelled answers, .* Write train.stage=kto"):
         find(write("a.jsonl", {"prompt": "a", "completion": "b", "label": True}), stage="sft")
+    with pytest.raises(DataError, match=r"format preference holds no labelled answers, and train.stage = kto needs them"):
+        find(write("a.jsonl", {"chosen": "a", "rejected": "b"}), stage="kto")
     with pytest.raises(DataError, match=r"format messages holds no pairs of answers, and train.stage = reward compares"):
         find(write("a.jsonl", CHAT), stage="reward")
 
