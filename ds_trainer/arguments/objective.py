@@ -24,7 +24,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "sft": (),
     "reward": _REWARDS,
     **dict.fromkeys(("dpo", "orpo", "simpo"), (*_REWARDS, *_LOG_PROBS)),
-    "kto": (*_REWARDS[:2], *_LOG_PROBS, "kl"),
+    "kto": (*_REWARDS[:2], "rewards/accuracies", *_LOG_PROBS, "kl"),
 }
 """Stage -> what its objective measures of held-out rows beside the loss."""
 GOALS = {"loss": "lowest", "rewards/accuracies": "highest", "rewards/margins": "highest"}

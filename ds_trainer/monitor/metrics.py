@@ -141,5 +141,5 @@ def as_ranges(ranks: Iterable[int]) -> str:
 
 def in_words(metrics: Mapping[str, float]) -> str:
     """The numbers of an objective that one looks at first; empty where there are none."""
-    names = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "router_balance": "router balance"}
+    names = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "kl", "router_balance": "router balance"}
     return ", ".join(f"{word} {metrics[name]:.3f}" for name, word in names.items() if name in metrics)

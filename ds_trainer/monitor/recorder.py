@@ -204,7 +204,7 @@ class Recorder:
                 "evaluate_targets": num_targets,
             }
             self.folder.metric(fields)
-            told = in_words(metrics) or f"perplexity {perplexity(loss):.2f}"
+            told = in_words(metrics) if metrics else f"perplexity {perplexity(loss):.2f}"
             which = f" of {name}" if name else ""
             self.progress.say(f"step {step}: held-out loss{which} {loss:.4f}, {told} ({num_targets} targets)")
             prefix = f"evaluate/{name}/" if name else "evaluate/"

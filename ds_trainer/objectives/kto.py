@@ -63,6 +63,7 @@ def objective(reference: Reference, *, beta: float, desirable_weight: float, und
         metrics = {
             **by_kind("rewards", beta * log_ratios.detach(), wanted, batch.num_wanted),
             **by_kind("logps", sums_of_sequences(of_policy.detach(), batch), wanted, batch.num_wanted),
+            "rewards/accuracies": (((log_ratios.detach() > divergence) == wanted).sum().double(), len(log_ratios)),
             "kl": (divergence * len(log_ratios), len(log_ratios)),
         }
         return LossSums(losses.sum().reshape(1), metrics)

@@ -17,10 +17,14 @@ PAIRS, SEED, TOLERANCE = 64, 0, 1e-9
 DPO = [("sigmoid", 0.0), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0)]
 """TRL 1.16 reads its label_smoothing for `robust` and not for `sigmoid`, so that ours with smoothing has no counterpart."""
 BETA, SIMPO_BETA, GAMMA, WEIGHT = 0.3, 2.5, 0.8, 0.4
+DESIRABLE, UNDESIRABLE = 1.5, 0.7
 
 
-def given() -> dict[str, Any]:
-    """Log-probabilities of every target under policy and reference, lengths, and values: chosen and rejected in turns."""
+def given() -> tuple[dict[str, Any], torch.Tensor]:
+    """Log-probabilities of every target under policy and reference, lengths, and values: chosen and rejected in turns.
+
+    And labels of the first answers, for KTO.
+    """
     generator = torch.Generator().manual_seed(SEED)
     lengths = torch.randint(1, 40, (2 * PAIRS,), generator=generator)
     positions = int(lengths.max())
@@ -29,13 +33,15 @@ def given() -> dict[str, Any]:
         -torch.rand(2 * PAIRS, positions, generator=generator, dtype=torch.float64) * 3 * mask for _ in range(2)
     )
     values = torch.randn(2 * PAIRS, generator=generator, dtype=torch.float64)
-    return {"lengths": lengths, "mask": mask, "policy": policy, "reference": reference, "values": values}
+    # Of every second answer the log-ratio stands for the same prompt with another record's answer.
+    wanted = torch.rand(PAIRS, generator=generator) < 0.5
+    return {"lengths": lengths, "mask": mask, "policy": policy, "reference": reference, "values": values}, wanted
 
 
 def ours() -> dict[str, float]:
-    from ds_trainer.objectives import dpo, orpo, reward, simpo
+    from ds_trainer.objectives import dpo, kto, orpo, reward, simpo
 
-    data = given()
+    data, wanted = given()
     ratios = (data["policy"] - data["reference"]).sum(1)
     means = data["policy"].sum(1) / data["lengths"]
     found = {
@@ -44,6 +50,9 @@ def ours() -> dict[str, float]:
     }
     found["simpo"] = simpo.pair_losses(means, beta=SIMPO_BETA, gamma=GAMMA)
     found["orpo odds"] = WEIGHT * orpo.pair_losses(means)
+    divergence = ratios[1::2].mean().clamp(min=0)
+    weights = {"desirable_weight": DESIRABLE, "undesirable_weight": UNDESIRABLE}
+    found["kto"] = kto.answer_losses(ratios[0::2], wanted, divergence, beta=BETA, **weights)
     found["reward"] = reward.pair_losses(data["values"])
     return {name: float(each.mean()) for name, each in found.items()}
 
@@ -54,7 +63,8 @@ def trls() -> dict[str, float]:
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
-    data = {name: torch.cat([each[0::2], each[1::2]]) for name, each in given().items()}
+    paired, wanted = given()
+    data = {name: torch.cat([each[0::2], each[1::2]]) for name, each in paired.items()}
     accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda each: each, gather_for_metrics=lambda each: each)
     owner = {"model": SimpleNamespace(training=False), "accelerator": accelerator, "_total_train_tokens": 0, "_tp_size": 1}
     sums = data["policy"].sum(1)
@@ -93,11 +103,42 @@ def trls() -> dict[str, float]:
     found["simpo"] = float(CPOTrainer.cpo_loss(trainer, chosen, rejected)[0].mean())
     trainer = SimpleNamespace(accelerator=accelerator, beta=WEIGHT)
     found["orpo odds, in float32"] = -float(ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0].mean())
+    found["kto"] = trls_kto(owner, data, wanted, completion)
     trainer = SimpleNamespace(**owner, _metrics=defaultdict(dict), args=SimpleNamespace(center_rewards_coefficient=None))
     trainer._metrics = defaultdict(lambda: defaultdict(list))
     output = SimpleNamespace(logits=data["values"][:, None])
     found["reward"] = float(RewardTrainer.compute_loss(trainer, lambda **_: output, {"attention_mask": torch.ones(1)}))
     return found
+
+
+def trls_kto(owner: dict[str, Any], data: dict[str, Any], wanted: torch.Tensor, completion: torch.Tensor) -> float:
+    from trl import KTOTrainer
+
+    (policy, others), (reference, reference_of_others) = (data[name].chunk(2) for name in ("policy", "reference"))
+    trainer = SimpleNamespace(
+        **owner,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=BETA,
+        desirable_weight=DESIRABLE,
+        undesirable_weight=UNDESIRABLE,
+        _compute_kl_logps=lambda model, batch: others.sum(1),
+    )
+    nothing = torch.zeros_like(policy)
+    output = SimpleNamespace(log_probs=policy, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    mask = completion[: len(policy)]
+    inputs = {
+        "input_ids": torch.zeros_like(mask),
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+        "label": wanted,
+        "ref_logps": reference.sum(1),
+        "ref_KL_logps": reference_of_others.sum(1),
+    }
+    return float(KTOTrainer._compute_loss(trainer, lambda **_: output, inputs, False))
 
 
 def main() -> None:
