@@ -59,6 +59,8 @@ def named_paths(resolved: Resolved) -> list[tuple[str, str]]:
     paths += [("data.sources", source.path) for source in settings.data.sources]
     if settings.lora is not None and settings.lora.path is not None:
         paths.append(("adapter.lora.path", settings.lora.path))
+    if settings.evaluate and settings.evaluate.generate:
+        paths.append(("evaluate.generate.prompts", settings.evaluate.generate.prompts))
     for name, sources in (settings.evaluate.held_out if settings.evaluate else {}).items():
         paths += [(f"evaluate.sets.{name}" if name else "evaluate.sources", source.path) for source in sources]
     return paths
@@ -74,7 +76,7 @@ def missing_files(resolved: Resolved) -> list[str]:
     missing = [
         f"  {name}: {path}"
         for name, path in named_paths(resolved)
-        if not glob.glob(path) and (name == "adapter.lora.path" or not on_the_hub(path))
+        if not glob.glob(path) and (name in ("adapter.lora.path", "evaluate.generate.prompts") or not on_the_hub(path))
     ]
     return ["", "Not on this machine (paths start from the current folder):", *missing] if missing else []
 

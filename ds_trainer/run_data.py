@@ -18,6 +18,8 @@ from ds_trainer.data.loader import Windows, windows
 from ds_trainer.data.order import Order, passes, positions_of_window, steps_for
 from ds_trainer.data.order import total_rows as total_rows_of
 from ds_trainer.data.prepare import Show, prepare_rows
+from ds_trainer.data.prompts import Prompt, read_prompts
+from ds_trainer.data.render import effective_chat_template
 from ds_trainer.data.rows import TokenRows
 from ds_trainer.data.sources import Report
 from ds_trainer.data.store import TokenStore, where
@@ -42,6 +44,8 @@ class RunData:
     stream: StreamPlan | None
     held_out: dict[str, TokenRows]
     """The held-out sets by name."""
+    prompts: tuple[Prompt, ...] = ()
+    """What is completed at each evaluation."""
 
     @property
     def fingerprint(self) -> str:
@@ -131,7 +135,30 @@ def prepare_run_data(
     }
     largest = rows.max_token_id if rows else len(tokenizer) - 1
     limits(max_token_id=max([largest, *(each.max_token_id for each in held_out.values())]))
-    return RunData(tokenizer=tokenizer, rows=rows, stream=stream, held_out=held_out)
+    prompts = prompts_of(settings, tokenizer, model_config)
+    return RunData(tokenizer=tokenizer, rows=rows, stream=stream, held_out=held_out, prompts=prompts)
+
+
+def prompts_of(settings: RunSettings, tokenizer: Any, model_config: Any) -> tuple[Prompt, ...]:
+    """The prompts of `evaluate.generate`; none where it is not asked for.
+
+    Raises:
+        DataError: the file or a record of it cannot be used, or no position is left for a prompt.
+    """
+    wanted = settings.evaluate.generate if settings.evaluate else None
+    if wanted is None:
+        return ()
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if wanted.max_new_tokens >= positions:
+        raise DataError(
+            f"evaluate.generate.max_new_tokens = {wanted.max_new_tokens} leaves no position for a prompt: the model has "
+            f"{positions}. Set it to {positions // 2} or less."
+        )
+    template = None
+    if settings.train.stage != "pretrain":
+        template = effective_chat_template(tokenizer, settings.data.chat_template)
+    room = positions - wanted.max_new_tokens
+    return read_prompts(wanted.prompts, tokenizer, template=template, limit=wanted.max_prompts, room=room)
 
 
 def plan_steps(resolved: Resolved, rows: TokenRows | None, batch: BatchPlan) -> Plan:

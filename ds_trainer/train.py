@@ -27,6 +27,7 @@ from ds_trainer.assemble import (
     samples_fed,
     speed_of,
 )
+from ds_trainer.completions import complete_prompts
 from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import EXIT_REFUSED
 from ds_trainer.launch.detect import Launch
@@ -177,6 +178,8 @@ def evaluate_sets(
         `metric`, `goal` and `value` of what the best checkpoint goes by; None when that is not a finite number.
     """
     found: dict[str, float] = {}
+    if evaluate.generate is not None:
+        recorder.completions(step=step, found=complete_prompts(prepared, engine, evaluate.generate, step))
     for name, rows in prepared.data.held_out.items():
         result = evaluate_rows(prepared, engine, rows, evaluate.max_rows)
         recorder.evaluation(step=step, result=result, name=name)

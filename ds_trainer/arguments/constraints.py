@@ -263,6 +263,15 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "docs/evaluation.md",
     ),
     Constraint(
+        "a_value_model_writes_nothing",
+        "evaluate.generate",
+        lambda v: (
+            v.settings.evaluate is not None and v.settings.evaluate.generate is not None and v.settings.train.stage == "reward"
+        ),
+        "evaluate.generate lets the model write, and train.stage = reward trains one that gives a number. Remove it.",
+        "objectives/reward.py",
+    ),
+    Constraint(
         "metric_is_measured",
         "evaluate.metric",
         lambda v: (

@@ -182,6 +182,7 @@ _EXAMPLES = {
     "train.stage": "write `stage: pretrain`, `sft`, `dpo`, `orpo`, `simpo`, `kto` or `reward`",
     "train.betas": "write for example `betas: [0.9, 0.95]`",
     "evaluate": "write for example\n      evaluate:\n        sources: [{path: data/held_out.jsonl}]",
+    "evaluate.generate": "write for example `generate: {prompts: data/prompts.jsonl}`",
     "evaluate.sets": "write for example `sets: {code: [{path: data/code.jsonl}]}`; names of letters, digits, `_` and `-`",
     "evaluate.sources": "write for example `sources: [{path: data/held_out.jsonl}]`",
     "deepspeed": "write for example\n      deepspeed:\n        config: ds_configs/zero2.json",

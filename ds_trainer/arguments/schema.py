@@ -268,6 +268,19 @@ class ObjectiveSection(Section):
     """orpo: weight of the odds ratio beside the imitation of the chosen answer; 0.1 by default."""
 
 
+class GenerateSection(Section):
+    """Prompts that the model completes at every evaluation, for people to read."""
+
+    prompts: NonEmptyText
+    """A file of lines `{"prompt": ...}`, each a text or a list of messages."""
+    max_prompts: PositiveInt = 8
+    """The first so many are taken."""
+    max_new_tokens: PositiveInt = 64
+    """A completion ends after so many tokens, or with the end-of-text token."""
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the likeliest token; above, tokens are drawn, from (seed, step, prompt)."""
+
+
 class EvaluateSection(Section):
     """Loss on rows that are never trained on. Without this section nothing is evaluated."""
 
@@ -288,6 +301,9 @@ class EvaluateSection(Section):
     """End the run after so many evaluations in a row without a better `metric`."""
     min_improvement: NonNegativeFloat = 0.0
     """A value is better for `patience` when it is better by more than this."""
+
+    generate: GenerateSection | None = None
+    """Completions to read."""
 
     @property
     def held_out(self) -> dict[str, list[Source]]:

@@ -178,7 +178,7 @@ def preference(record: Record) -> Pair:
     """
     chosen, rejected = (_turns(record, key, _assistant) for key in ("chosen", "rejected"))
     if record.get("prompt") is not None or isinstance(record["chosen"], str) or isinstance(record["rejected"], str):
-        prompt = _prompt(record)
+        prompt = prompt_of(record)
         chosen, rejected = _after(prompt, chosen, "chosen"), _after(prompt, rejected, "rejected")
     else:
         common = 0
@@ -206,7 +206,7 @@ def kto(record: Record) -> Labelled:
     label = _present(record, "label")
     if not isinstance(label, bool):
         raise BadRecordError(Reason.WRONG_TYPE, f"`label` is {_kind(label)}; it must be true (desirable) or false")
-    prompt = _prompt(record)
+    prompt = prompt_of(record)
     completion = _after(prompt, _turns(record, "completion", _assistant), "completion")
     return Labelled(_answered(prompt, completion, _tools(record), "completion"), label, len(prompt))
 
@@ -479,7 +479,12 @@ def _turns(record: Record, key: str, speaker: Callable[[str], Message]) -> list[
     return _message_list(record, key) if isinstance(value, list) else [speaker(_string(record, key))]
 
 
-def _prompt(record: Record) -> list[Message]:
+def prompt_of(record: Record) -> list[Message]:
+    """The messages of `prompt`, a text or a list of messages.
+
+    Raises:
+        BadRecordError: it is missing, empty or of a wrong type.
+    """
     prompt = _turns(record, "prompt", _user)
     if not any(message["content"].strip() for message in prompt):
         raise BadRecordError(Reason.EMPTY_PROMPT, "`prompt` is empty; write what is answered, or remove the record")

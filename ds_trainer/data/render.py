@@ -206,6 +206,15 @@ def render_conversation(
     return Rendered(text, trained, quotes_control=quotes, renamed=renames)
 
 
+def render_prompt(messages: list[Message], template: str, special_tokens: Mapping[str, str]) -> str:
+    """What an answer is to follow: messages and the template's generation prompt.
+
+    Raises:
+        BadRecordError: the template refuses the messages.
+    """
+    return _render(messages, None, template, special_tokens, add_generation_prompt=True)[0]
+
+
 def trained_tokens(offsets: Sequence[Span], trained: Sequence[Span]) -> list[Span]:
     """Turn spans of characters into spans of tokens.
 

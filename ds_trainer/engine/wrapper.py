@@ -57,9 +57,9 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    def forward(self, **inputs: Any) -> Tensor:
-        """Call the model before the first step, without gradients."""
-        output: Tensor = self._engine(**inputs)
+    def forward(self, **inputs: Any) -> Any:
+        """Call the model between two steps, without gradients; after `train_mode(False)` where dropout must not be."""
+        output = self._engine(**inputs)
         self._forget_passes()
         return output
 

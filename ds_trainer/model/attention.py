@@ -94,6 +94,11 @@ def _document_attention(
             f"{type(module).__name__} asks its attention for {', '.join(unsupported) or 'a mask'}, which "
             "`attention: documents` does not compute. Set model.attention: sdpa."
         )
+    if document_lengths is None and query.shape[2] == 1:  # generation with a cache: the last token attends to all before it
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return output.transpose(1, 2).contiguous(), None
     lengths = document_lengths or (query.shape[2],)
     grouped = query.shape[1] != key.shape[1]
     outputs = [

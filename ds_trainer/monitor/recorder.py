@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -211,6 +211,17 @@ class Recorder:
             self.write_events([(f"{prefix}{each}", value, step) for each, value in {"loss": loss, **metrics}.items()])
         self._watch.lap()
 
+    def completions(self, *, step: int, found: Sequence[Mapping[str, Any]]) -> None:
+        """Take completions in: all of each in events.jsonl, the beginning on the terminal."""
+        if comm.rank() == 0:
+            lines = [f"step {step}: the model completes"]
+            for each in found:
+                self.folder.event("generated", step=step, **each)
+                ended = "" if each["ended"] else " ..."
+                lines += [f"  {_short(each['prompt'], _END)}", f"    -> {_short(each['completion'], _BEGINNING)}{ended}"]
+            self.progress.say("\n".join(lines))
+        self._watch.lap()
+
     def stopped_for_save(self, probe_seconds: float) -> None:
         """Take in how long training stood still for the checkpoint that is being written, and how much of it for its probe."""
         self._stall = {"stall_seconds": round(self._watch.lap(), 3), "probe_seconds": round(probe_seconds, 3)}
@@ -229,3 +240,15 @@ class Recorder:
         if comm.rank() == 0:
             self.folder.event("not_saved", reason=reason)
             self.progress.say(f"NOT SAVED, training goes on (checkpoint.on_failure = continue): {reason}")
+
+
+_END, _BEGINNING = -90, 110
+"""How much of a prompt (its end) and of a completion is shown."""
+
+
+def _short(text: str, size: int) -> str:
+    """The beginning of a text in a line, or its end where the size is negative."""
+    line = " ".join(text.split())
+    if len(line) <= abs(size):
+        return line
+    return f"{line[:size]}..." if size > 0 else f"...{line[size:]}"

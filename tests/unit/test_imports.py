@@ -23,6 +23,7 @@ STORIES = {
         "export",
         "prepare",
         "assemble",
+        "completions",
         "run_data",
         "verify",
         "doctor",

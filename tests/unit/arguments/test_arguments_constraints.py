@@ -115,6 +115,11 @@ EXAMPLES = {
         '"evaluate":',
         run(evaluate__sets={"a": [{"path": "a"}], "b": [{"path": "b"}]}),
     ),
+    "a_value_model_writes_nothing": (
+        run(train__stage="reward", evaluate__sources=[{"path": "a"}], evaluate__generate={"prompts": "p"}),
+        '"generate":',
+        run(train__stage="dpo", evaluate__sources=[{"path": "a"}], evaluate__generate={"prompts": "p"}),
+    ),
     "metric_is_measured": (
         run(evaluate__sets={"a": [{"path": "a"}]}, checkpoint__keep_best=1, evaluate__metric="loss"),
         '"metric":',
