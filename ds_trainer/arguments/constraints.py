@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_trainer.arguments.deepspeed_keys import OPTIMIZER_PARAMS, SCHEDULER_PARAMS, SCHEDULES, show
 from ds_trainer.arguments.objective import NUMBERS, PAIR_STAGES, goal_of, metrics_of, numbers_of
-from ds_trainer.arguments.schema import ObjectiveSection, RunSettings
+from ds_trainer.arguments.schema import ObjectiveSection, RunSettings, Source
 from ds_trainer.arguments.sources import DEFAULT, Located
 from ds_trainer.errors import Problem
 
@@ -146,6 +146,35 @@ def _objective() -> Iterable[Constraint]:
         )
 
 
+FORMATS_OF = {
+    "pretrain": ("text", "tokens"),
+    "sft": ("messages", "sharegpt", "prompt_response", "alpaca"),
+    "kto": ("kto",),
+    **dict.fromkeys(("reward", "dpo", "orpo", "simpo"), ("preference",)),
+}
+"""Stage -> the formats of records that it trains on."""
+
+
+def _formats_that_do_not_fit() -> Iterable[Constraint]:
+    def misfit(view: View, sources: Iterable[Source]) -> bool:
+        fitting = ("auto", *FORMATS_OF[view.settings.train.stage])
+        return any(each.format not in fitting for each in sources)
+
+    def held_out(view: View) -> list[Source]:
+        evaluate = view.settings.evaluate
+        return [each for sources in evaluate.held_out.values() for each in sources] if evaluate else []
+
+    for at, sources_of in (("data.sources", lambda view: view.settings.data.sources), ("evaluate", held_out)):
+        yield Constraint(
+            f"formats_of_{at.partition('.')[0]}_fit_the_stage",
+            at,
+            lambda v, sources_of=sources_of: misfit(v, sources_of(v)),  # type: ignore[misc]
+            "train.stage = {stage} trains on records of the format {formats}, and a source here says another. Write that, or "
+            "change train.stage.",
+            "data/formats.py",
+        )
+
+
 def _asks_for_the_best(view: View) -> bool:
     settings = view.settings
     return settings.checkpoint.keep_best > 0 or (settings.evaluate is not None and settings.evaluate.patience is not None)
@@ -224,6 +253,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "objectives/reward.py",
     ),
     # The data.
+    *_formats_that_do_not_fit(),
     Constraint(
         "weights_for_all_sources_or_none",
         "data.sources",
@@ -768,6 +798,7 @@ def check_constraints(view: View) -> list[Problem]:
         "zero_stage": show(view.find(f"{_ZERO}.stage") or Located(DEFAULT_STAGE, DEFAULT)),
         "schedule_block": view.schedule_block,
         "optimizer": view.ds("optimizer.type"),
+        "formats": " or ".join(FORMATS_OF[train.stage]),
         "metric": view.settings.evaluate and view.settings.evaluate.metric,
         "metrics": ", ".join(metrics_of(view.settings)),
         "adapter_path": view.settings.lora and view.settings.lora.path,

@@ -162,7 +162,7 @@ def make_plan(request: Request) -> Plan:
         shape=shape,
         holding=holding,
         memory=memory,
-        traffic=step_traffic(shape, holding),
+        traffic=step_traffic(shape, holding, reference=settings.train.stage in REFERENCE_STAGES),
         length=length,
         flops=flops_per_step(shape, positions=length.positions_per_step, seq_len=settings.data.seq_len),
         notes=(

@@ -28,8 +28,8 @@ class Traffic:
     """What one rank moves between GPU and host because of offload, both ways."""
 
 
-def step_traffic(shape: Shape, holding: Holding) -> Traffic:
-    """Count what one optimizer step sends.
+def step_traffic(shape: Shape, holding: Holding, *, reference: bool = False) -> Traffic:
+    """Count what one optimizer step sends, with the forward pass of a reference where there is one.
 
     A ring crosses the border of a node once in each direction of travel, and all rings together carry what one rank sends:
     so a node sends as much as a rank does, and its other ranks send to each other.
@@ -56,6 +56,7 @@ def step_traffic(shape: Shape, holding: Holding) -> Traffic:
             "weights, gathered for the forward pass": ring * total * steps,
             "weights, gathered again for the backward pass": again,
             "gradients, reduced and scattered": ring * trained * steps,
+            **({"weights of the reference, gathered": ring * total * steps} if reference else {}),
         }
     sent = sum(by_rank.values())
     nodes = holding.ranks // holding.ranks_per_node

@@ -100,6 +100,16 @@ EXAMPLES = {
         '"sources":',
         run(data__sources=[{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}], train__max_steps=5),
     ),
+    "formats_of_data_fit_the_stage": (
+        run(data__sources=[{"path": "a", "format": "text"}], train__stage="dpo"),
+        '"sources":',
+        run(data__sources=[{"path": "a", "format": "preference"}], train__stage="dpo"),
+    ),
+    "formats_of_evaluate_fit_the_stage": (
+        run(evaluate__sets={"a": [{"path": "a", "format": "kto"}]}),
+        '"evaluate":',
+        run(evaluate__sets={"a": [{"path": "a", "format": "alpaca"}]}),
+    ),
     "weights_need_max_steps": (
         run(data__sources=[{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}]),
         '"sources":',

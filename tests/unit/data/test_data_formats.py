@@ -2,8 +2,10 @@ import json
 
 import pytest
 
+from ds_trainer.arguments.constraints import FORMATS_OF
+from ds_trainer.arguments.objective import NUMBERS
 from ds_trainer.data.chunks import BadRecordError
-from ds_trainer.data.formats import FORMATS, Conversation, Labelled, Pair, Reason, fitting_formats
+from ds_trainer.data.formats import FORMATS, Conversation, Labelled, Pair, Reason, fitting_formats, records_of
 
 USER = {"role": "user", "content": "two plus two?"}
 ASSISTANT = {"role": "assistant", "content": "four"}
@@ -282,3 +284,9 @@ def test_any_structure_under_any_key_is_read_or_refused_but_never_cast(format, v
 )
 def test_a_format_is_known_by_its_keys(keys, formats):
     assert fitting_formats(keys) == formats
+
+
+def test_check_knows_which_formats_a_stage_trains_on():
+    assert FORMATS_OF.keys() == NUMBERS.keys()
+    for stage, formats in FORMATS_OF.items():
+        assert set(formats) == {name for name, rule in FORMATS.items() if rule.stage == records_of(stage)}

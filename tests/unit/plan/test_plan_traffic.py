@@ -53,3 +53,10 @@ def test_offload_moves_gradients_down_and_weights_up():
     assert traffic(optimizer_on="cpu").to_host == (TRAINED + TRAINED) / 4
     assert traffic(stage=3, optimizer_on="cpu", weights_on="cpu").to_host == (2 * TRAINED + 2 * TOTAL) / 4
     assert traffic(optimizer_on="cpu", on_cpu=True).to_host == 0
+
+
+def test_a_reference_is_gathered_for_its_forward_pass_too():
+    holding = replace(HOLDING, stage=3, accumulation=2)
+    alone, compared = (step_traffic(shape_of(WEIGHTS), holding, reference=each).by_rank for each in (False, True))
+    assert compared.keys() - alone.keys() == {"weights of the reference, gathered"}
+    assert compared["weights of the reference, gathered"] == alone["weights, gathered for the forward pass"]
