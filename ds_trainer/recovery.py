@@ -227,13 +227,14 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "seq_len": settings.data.seq_len,
         "rows": prepared.data.rows.num_rows if prepared.data.rows else None,
         "fingerprint of the data": prepared.data.fingerprint,
-        "fingerprint of the model's config": config_digest(prepared.model_config),
+        "fingerprint of the model's config": config_digest(prepared.model_config, settings.train.stage == "reward"),
     }
 
 
-def config_digest(config: Any) -> str:
-    """A fingerprint of a model's config, without what a run sets itself."""
-    return digest({**config.to_dict(), "_name_or_path": "", "transformers_version": "", "use_cache": False})
+def config_digest(config: Any, value_head: bool = False) -> str:
+    """A fingerprint of a model's config, without what a run sets itself: in this object or a copy, as it was loaded."""
+    own = {"_name_or_path": "", "transformers_version": "", "use_cache": False}
+    return digest({**config.to_dict(), **own, **({"pad_token_id": None} if value_head else {})})
 
 
 def as_now(written: dict[str, Any]) -> dict[str, Any]:

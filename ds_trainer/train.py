@@ -119,6 +119,8 @@ def train(
                 stop=requests.asked,
                 samples_of=samples_fed(prepared, engine),
             )
+        if launch.rank == 0 and prepared.plan.out_of_patience(state):
+            folder.event("out_of_patience", **state.best)
         if stopped:
             requests.agreed(stopped)
             recorder.finish()

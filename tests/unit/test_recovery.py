@@ -23,6 +23,8 @@ def test_the_fingerprint_of_a_config_is_of_the_model_and_not_of_how_it_was_built
     meta_model(ours, **settings, adapter=AdapterSection.model_validate({"lora": {}}))
     assert config_digest(ours) == expected == config_digest(config(use_cache=False))
     assert config_digest(config(rope_theta=1.0)) != expected
+    padded = [config_digest(config(pad_token_id=each), value_head=True) for each in (None, 3)]
+    assert padded[0] == padded[1], "a value head is told what padding is"
 
 
 @pytest.mark.parametrize("written", [None, {"lora": {"rank": 4}}, {"freeze": {"last_layers": 1}}], ids=str)
