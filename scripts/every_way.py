@@ -6,7 +6,7 @@
 
 Each row: two steps on two ranks started by torchrun at ZeRO-3; two more from their checkpoint, by `deepspeed` at ZeRO-2;
 one more by `ds_trainer debug`; `verify`; `export`, which compares what it wrote with the training engine; `export --merge`.
-The first that fails ends the row with its last words. Writes docs/bench/every_way.json when all rows were run.
+The first that fails ends the row with its last words. The rows that were run are written to docs/bench/every_way.json.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def main() -> None:
         print(f"{name:20} {time.monotonic() - begun:4.0f} s  {rows[name]}", flush=True)
     shutil.rmtree(WORK, ignore_errors=True)
     failed = [name for name, each in rows.items() if set(each.values()) != {"yes"}]
-    if not only:
-        versions = {each: version(each) for each in ("torch", "deepspeed", "transformers", "peft")}
-        path = ROOT / "docs" / "bench" / "every_way.json"
-        path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    path = ROOT / "docs" / "bench" / "every_way.json"
+    before = json.loads(path.read_text())["rows"] if only and path.is_file() else {}
+    versions = {each: version(each) for each in ("torch", "deepspeed", "transformers", "peft")}
+    path.write_text(json.dumps({"versions": versions, "rows": {**before, **rows}}, indent=1) + "\n")
     print(f"{len(rows) - len(failed)} of {len(rows)} rows held" + (f"; not: {', '.join(failed)}" if failed else ""))
     sys.exit(bool(failed))
 
