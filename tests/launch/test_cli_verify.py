@@ -42,8 +42,10 @@ def test_checkpoints_are_read_and_the_one_a_start_would_take_is_named(run_file, 
     assert "holds no complete checkpoint" in nothing.err
 
 
-def test_a_resume_is_proved_by_killing_a_run(run_file, tmp_path):
-    config = run_file("run", train={"max_steps": 50, "warmup_steps": 2})
+def test_a_resume_is_proved_by_killing_a_run(run_file, corpus, tmp_path):
+    held_out = {"sources": [{"path": str(corpus / "texts.jsonl")}], "every_steps": 10, "max_rows": 4}
+    best = {"every_steps": 10, "keep_best": 1}  # the proof saves at other steps, and evaluates there too
+    config = run_file("run", train={"max_steps": 50, "warmup_steps": 2}, evaluate=held_out, checkpoint=best)
     done = run_command([*PROGRAM, "verify", "--resume", "--config", str(config), "--steps", "2"], cwd=tmp_path, timeout=170)
     assert done.code == 0, done.text
     assert "step_00000002" in done.out
