@@ -189,15 +189,8 @@ def build(prepared: Prepared, report: Report) -> Engine:
     attention.register_document_attention()
     with sharded_construction(config):
         model = adapted(prepared, complete(prepared, construct(prepared, report)))
-    blocks = expert_blocks(
-        base_of(model),
-        sharded=zero_stage(prepared.resolved) == 3,
-        ranks=prepared.launch.world_size,
-        all_trained=settings.adapter is None,
-    )
-    if blocks:
-        report(f"gathering: {len(blocks)} mixtures of experts whole")
-        gather_whole(blocks, check=False)
+    if blocks := gather_experts(prepared, model):
+        report(f"gathering: {blocks} mixtures of experts whole")
     elif prepared.whole_layers.indices:
         found = decoder_layers(base_of(model))
         assert found is not None  # the model without weights has them
@@ -228,6 +221,18 @@ def build(prepared: Prepared, report: Report) -> Engine:
         )
         engine.train_mode(True)
     return engine
+
+
+def gather_experts(prepared: Prepared, model: torch.nn.Module) -> int:
+    """Have ZeRO-3 gather mixtures of experts whole where ranks would wait for one another; returns how many."""
+    blocks = expert_blocks(
+        base_of(model),
+        sharded=zero_stage(prepared.resolved) == 3,
+        ranks=prepared.launch.world_size,
+        all_trained=prepared.resolved.settings.adapter is None,
+    )
+    gather_whole(blocks, check=False)
+    return len(blocks)
 
 
 def complete(prepared: Prepared, model: torch.nn.Module) -> torch.nn.Module:
@@ -300,10 +305,10 @@ def reference_of(prepared: Prepared, report: Report) -> reference.Reference:
     config = prepared.engine_config.config
     with sharded_construction(config):
         model = complete(prepared, construct(prepared, report))
-        if (
-            adapter and adapter.lora and adapter.lora.path
-        ):  # an adapter that was there before the run is a part of what was there before it
+        if adapter and adapter.lora and adapter.lora.path:  # it was there before the run
             model = adapted(prepared, model)
+    if config["zero_optimization"]["stage"] == 3:
+        gather_experts(prepared, model)
     attach(prepared, base_of(model))
     where = "sharded as the model is" if config["zero_optimization"]["stage"] == 3 else "whole on every rank"
     told = "a frozen copy of the model as it was before the run"
