@@ -18,7 +18,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
 """Stage -> the settings of the section `objective` that it reads, with their defaults: those of the papers."""
 _ANSWERS = ("chosen", "rejected")
 _REWARDS = tuple(f"rewards/{name}" for name in (*_ANSWERS, "margins", "accuracies"))
-_LOG_PROBS = tuple(f"logps/{name}" for name in _ANSWERS)
+_LOG_PROBS = (*(f"logps/{name}" for name in _ANSWERS), "entropy")
 METRICS: dict[str, tuple[str, ...]] = {
     "pretrain": (),
     "sft": (),

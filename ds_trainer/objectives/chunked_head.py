@@ -92,26 +92,34 @@ def chunked_nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets
 class _ChunkedLogProbs(torch.autograd.Function):
     """The log-probability of each target; the backward pass makes each chunk's logits a second time.
 
-    Here every target has an incoming gradient of its own, which is known in the backward pass only.
+    Here every target has an incoming gradient of its own, which is known in the backward pass only. Beside it the entropy at
+    each target, without a gradient, where it is asked for.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         normalizers = torch.empty(len(targets), 1, dtype=wide, device=hidden.device)
         result = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        entropies = torch.empty(len(targets) if entropy else 0, dtype=wide, device=hidden.device)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             logits = nn.functional.linear(hidden[part], weight, bias).to(wide)
             normalizers[part] = logits.logsumexp(dim=-1, keepdim=True)
             result[part] = (logits.gather(-1, targets[part, None]) - normalizers[part])[:, 0]
+            if entropy:
+                mean_logits = (logits - normalizers[part]).exp_().mul_(logits).sum(dim=-1)
+                entropies[part] = normalizers[part, 0] - mean_logits
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
         ctx.rows = rows
-        return result
+        ctx.mark_non_differentiable(entropies)
+        return result, entropies
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (scales,) = grad_outputs
+        scales = grad_outputs[0]
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         wide = normalizers.dtype
@@ -140,24 +148,37 @@ class _ChunkedLogProbs(torch.autograd.Function):
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
             None,
             None,
+            None,
         )
 
 
-def chunked_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int | None = None) -> Tensor:
-    """Log softmax(hidden @ weight.T + bias)[target] of each target.
+def chunked_log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int | None = None, *, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log softmax(hidden @ weight.T + bias)[target] of each target, and with `entropy` the entropy of that distribution.
 
-    The arguments are those of `chunked_nll_sum`.
+    The other arguments are those of `chunked_nll_sum`.
 
     Returns:
-        (num_targets,) in fp32 (fp64 for fp64 input), with a gradient.
+        (num_targets,) in fp32 (fp64 for fp64 input), with a gradient; and the entropies in nats, without one: (num_targets,),
+        or (0,) where they are not asked for.
     """
-    found: Tensor = _ChunkedLogProbs.apply(hidden, weight, bias, targets, rows or chunk_rows(weight.shape[0]))
+    found: tuple[Tensor, Tensor] = _ChunkedLogProbs.apply(
+        hidden, weight, bias, targets, rows or chunk_rows(weight.shape[0]), entropy
+    )
     return found
 
 
 def plain_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same from logits (num_targets, vocabulary_size) that are whole in memory."""
+    """Log-probabilities from logits (num_targets, vocabulary_size) that are whole in memory."""
     return -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@torch.no_grad()
+def plain_entropies(logits: Tensor) -> Tensor:
+    """Entropies (num_targets,) from logits (num_targets, vocabulary_size) that are whole in memory."""
+    log_probabilities = logits.float().log_softmax(dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
 
 
 def plain_nll_sum(logits: Tensor, targets: Tensor) -> Tensor:

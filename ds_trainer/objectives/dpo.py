@@ -21,8 +21,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ds_trainer.objectives.language_model import log_probs
-from ds_trainer.objectives.pairs import chosen_and_rejected, log_prob_metrics, num_pairs, reward_metrics, sums_of_sequences
+from ds_trainer.objectives.language_model import log_probs_and_entropies
+from ds_trainer.objectives.pairs import (
+    chosen_and_rejected,
+    entropy_metric,
+    log_prob_metrics,
+    num_pairs,
+    reward_metrics,
+    sums_of_sequences,
+)
 from ds_trainer.objectives.reference import Reference
 from ds_trainer.protocols import LossSums, ModelBatch, Objective
 
@@ -55,7 +62,7 @@ def objective(reference: Reference, *, loss: Loss, beta: float, label_smoothing:
 
     def sums(engine: Callable[..., Tensor], batch: ModelBatch) -> LossSums:
         of_reference = reference(engine, batch)
-        of_policy = log_probs(engine, batch)
+        of_policy, entropies = log_probs_and_entropies(engine, batch)
         # Target by target, so that two large sums need not cancel.
         log_ratios = sums_of_sequences(of_policy - of_reference, batch)
         assert batch.sequence_lengths is not None
@@ -63,6 +70,7 @@ def objective(reference: Reference, *, loss: Loss, beta: float, label_smoothing:
         metrics = {
             **reward_metrics(*chosen_and_rejected(beta * log_ratios.detach())),
             **log_prob_metrics(sums_of_sequences(of_policy.detach(), batch)),
+            **entropy_metric(entropies),
         }
         return LossSums(losses.sum().reshape(1), metrics)
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_trainer.objectives.language_model import log_probs
-from ds_trainer.objectives.pairs import sums_of_sequences
+from ds_trainer.objectives.language_model import log_probs, log_probs_and_entropies
+from ds_trainer.objectives.pairs import entropy_metric, sums_of_sequences
 from ds_trainer.objectives.reference import Reference
 from ds_trainer.protocols import LossSums, MetricSums, ModelBatch, Objective
 
@@ -55,7 +55,7 @@ def objective(reference: Reference, *, beta: float, desirable_weight: float, und
         assert batch.known is not None
         divergence = (batch.known[0] / batch.known[1].clamp(min=1)).clamp(min=0)
         of_reference = reference(engine, batch)
-        of_policy = log_probs(engine, batch)
+        of_policy, entropies = log_probs_and_entropies(engine, batch)
         log_ratios = sums_of_sequences(of_policy - of_reference, batch)
         wanted = torch.zeros_like(log_ratios, dtype=torch.bool) if batch.wanted is None else batch.wanted
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
@@ -64,6 +64,7 @@ def objective(reference: Reference, *, beta: float, desirable_weight: float, und
             **by_kind("rewards", beta * log_ratios.detach(), wanted, batch.num_wanted),
             **by_kind("logps", sums_of_sequences(of_policy.detach(), batch), wanted, batch.num_wanted),
             "rewards/accuracies": (((log_ratios.detach() > divergence) == wanted).sum().double(), len(log_ratios)),
+            **entropy_metric(entropies),
             "kl": (divergence * len(log_ratios), len(log_ratios)),
         }
         return LossSums(losses.sum().reshape(1), metrics)

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ds_trainer.errors import ModelError
-from ds_trainer.objectives.chunked_head import chunked_log_probs, chunked_nll_sum, plain_log_probs, plain_nll_sum
+from ds_trainer.objectives.chunked_head import (
+    chunked_log_probs,
+    chunked_nll_sum,
+    plain_entropies,
+    plain_log_probs,
+    plain_nll_sum,
+)
 from ds_trainer.objectives.router import balance_sum, experts_per_token
 from ds_trainer.protocols import LossSums, ModelBatch, Objective
 
@@ -58,10 +64,15 @@ def attach(model: Any, *, chunked: bool, router: bool = False) -> str:
         )
     logits_of = model.forward  # the class's own: it knows what this architecture does to its logits
 
-    def head_forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
+    def head_forward(
+        self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, each: bool = False, entropy: bool = False
+    ) -> Any:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return (chunked_log_probs if each else chunked_nll_sum)(hidden, self.weight, self.bias, targets)
+        if not each:
+            return chunked_nll_sum(hidden, self.weight, self.bias, targets)
+        found = chunked_log_probs(hidden, self.weight, self.bias, targets, entropy=entropy)
+        return found if entropy else found[0]
 
     def forward(
         self: Any,
@@ -69,6 +80,7 @@ def attach(model: Any, *, chunked: bool, router: bool = False) -> str:
         target_positions: Tensor | None = None,
         targets: Tensor | None = None,
         log_probs: bool = False,
+        entropy: bool = False,
         states_only: bool = False,
         balanced: Tensor | None = None,
         **inputs: Any,
@@ -78,10 +90,12 @@ def attach(model: Any, *, chunked: bool, router: bool = False) -> str:
         if target_positions is None or targets is None:
             return logits_of(*args, **inputs)
         if not chunked:
-            logits = logits_of(**inputs).logits
-            return (plain_log_probs if log_probs else plain_nll_sum)(logits.flatten(0, 1)[target_positions], targets)
+            logits = logits_of(**inputs).logits.flatten(0, 1)[target_positions]
+            if entropy:
+                return plain_log_probs(logits, targets), plain_entropies(logits)
+            return (plain_log_probs if log_probs else plain_nll_sum)(logits, targets)
         if balanced is None:
-            return head(body(**inputs)[0].flatten(0, 1)[target_positions], targets, log_probs)
+            return head(body(**inputs)[0].flatten(0, 1)[target_positions], targets, log_probs or entropy, entropy)
         output = body(**inputs, output_router_logits=True)
         nll = head(output[0].flatten(0, 1)[target_positions], targets)
         return nll, balance_sum(output.router_logits, chosen, inputs["position_ids"], target_positions, balanced)
@@ -110,6 +124,19 @@ def log_probs(engine: Callable[..., Tensor], batch: ModelBatch) -> Tensor:
         batch: on the engine's device.
     """
     return engine(**batch.inputs, target_positions=batch.target_positions, targets=batch.targets, log_probs=True)
+
+
+def log_probs_and_entropies(engine: Callable[..., Any], batch: ModelBatch) -> tuple[Tensor, Tensor]:
+    """The same, and the entropy at each target in nats: twice (num_targets,), the latter without a gradient.
+
+    Args:
+        engine: the engine, or any module that `attach` was applied to.
+        batch: on the engine's device.
+    """
+    found: tuple[Tensor, Tensor] = engine(
+        **batch.inputs, target_positions=batch.target_positions, targets=batch.targets, entropy=True
+    )
+    return found
 
 
 def balanced(router_weight: float) -> Objective:

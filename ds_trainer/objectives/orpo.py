@@ -15,9 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ds_trainer.objectives.language_model import log_probs
+from ds_trainer.objectives.language_model import log_probs_and_entropies
 from ds_trainer.objectives.pairs import (
     chosen_and_rejected,
+    entropy_metric,
     log_prob_metrics,
     means_of_sequences,
     num_pairs,
@@ -44,13 +45,15 @@ def objective(*, odds_weight: float) -> Objective:
     """ORPO. A reward is odds_weight times the mean log-probability."""
 
     def sums(engine: Callable[..., Tensor], batch: ModelBatch) -> LossSums:
-        of_sequences = sums_of_sequences(log_probs(engine, batch), batch)
+        of_policy, entropies = log_probs_and_entropies(engine, batch)
+        of_sequences = sums_of_sequences(of_policy, batch)
         means = means_of_sequences(of_sequences, batch)
         nll = -chosen_and_rejected(of_sequences)[0].sum()
         odds = odds_weight * pair_losses(means).sum()
         metrics = {
             **reward_metrics(*chosen_and_rejected(odds_weight * means.detach())),
             **log_prob_metrics(of_sequences),
+            **entropy_metric(entropies),
         }
         return LossSums(torch.stack([nll, odds]), metrics)
 

@@ -64,6 +64,11 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> MetricSums:
     return {name: (value.detach().sum(), count) for name, value in sums.items()}
 
 
+def entropy_metric(entropies: Tensor) -> MetricSums:
+    """The mean over targets of the policy's entropy, in nats: of (num_targets,)."""
+    return {"entropy": (entropies.sum(), len(entropies))}
+
+
 @torch.no_grad()
 def log_prob_metrics(log_probs: Tensor) -> MetricSums:
     """Means over pairs of the log-probability of each answer: of (num_sequences,)."""

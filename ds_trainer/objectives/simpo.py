@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ds_trainer.objectives.language_model import log_probs
+from ds_trainer.objectives.language_model import log_probs_and_entropies
 from ds_trainer.objectives.pairs import (
     chosen_and_rejected,
+    entropy_metric,
     log_prob_metrics,
     means_of_sequences,
     num_pairs,
@@ -40,11 +41,13 @@ def objective(*, beta: float, gamma: float) -> Objective:
     """SimPO; the numbers are those of `pair_losses`. A reward is beta times the mean log-probability."""
 
     def sums(engine: Callable[..., Tensor], batch: ModelBatch) -> LossSums:
-        of_sequences = sums_of_sequences(log_probs(engine, batch), batch)
+        of_policy, entropies = log_probs_and_entropies(engine, batch)
+        of_sequences = sums_of_sequences(of_policy, batch)
         means = means_of_sequences(of_sequences, batch)
         metrics = {
             **reward_metrics(*chosen_and_rejected(beta * means.detach())),
             **log_prob_metrics(of_sequences),
+            **entropy_metric(entropies),
         }
         return LossSums(pair_losses(means, beta=beta, gamma=gamma).sum().reshape(1), metrics)
 

@@ -99,7 +99,7 @@ def test_update_equals_that_of_one_plain_process(sharded, name, stage, accumulat
     for parameter, expected in plain.items():
         assert torch.allclose(result[parameter], expected, atol=tolerance, rtol=0), parameter
     base = result_of(sharded, *next(cell for cell in worker.CELLS if cell[0] == name), 1)
-    for metric in [each for each in base if "/" in each or each == "kl"]:
+    for metric in [each for each in base if "/" in each or each in ("kl", "entropy")]:
         assert torch.allclose(result[metric], base[metric], atol=1e-6, rtol=1e-6), metric
     if name == "kto":
         assert result["kl"] > 0.01, "or nothing would be known of it"

@@ -36,7 +36,8 @@ def test_loss_and_gradient_by_the_formula(monkeypatch, shift):
     own = torch.randn(10, generator=generator, dtype=torch.float64, requires_grad=True)
     others = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
     reference = {10: torch.randn(10, generator=generator, dtype=torch.float64), 7: others.detach() - shift}
-    monkeypatch.setattr(kto, "log_probs", lambda engine, batch: own if batch.num_targets == 10 else others)
+    monkeypatch.setattr(kto, "log_probs", lambda engine, batch: others)
+    monkeypatch.setattr(kto, "log_probs_and_entropies", lambda engine, batch: (own, torch.full((10,), 2.5)))
     ahead = batch_of([3, 4], [True, True])
     batch = batch_of([2, 5, 3], [True, False, True], ahead)
     objective = kto.objective(lambda engine, batch: reference[batch.num_targets], **NUMBERS)
@@ -56,6 +57,7 @@ def test_loss_and_gradient_by_the_formula(monkeypatch, shift):
     gradients = torch.autograd.grad(found.terms.sum(), own)[0]
     assert gradients.tolist() == pytest.approx([slopes[0]] * 2 + [slopes[1]] * 5 + [slopes[2]] * 3, abs=1e-12)
     means = {name: float(value) / count for name, (value, count) in found.metrics.items()}
+    assert means["entropy"] == 2.5
     assert means["kl"] == pytest.approx(divergence)
     assert means["rewards/chosen"] == pytest.approx(0.4 * (ratios[0] + ratios[2]) / 2)
     assert means["rewards/rejected"] == pytest.approx(0.4 * ratios[1])
@@ -66,6 +68,7 @@ def test_loss_and_gradient_by_the_formula(monkeypatch, shift):
 
 def test_answers_without_another_do_not_count_and_a_rank_without_rows_takes_part(monkeypatch):
     monkeypatch.setattr(kto, "log_probs", lambda engine, batch: torch.arange(batch.num_targets, dtype=torch.float32))
+    monkeypatch.setattr(kto, "log_probs_and_entropies", lambda engine, batch: (torch.zeros(0), torch.zeros(0)))
     objective = kto.objective(lambda engine, batch: torch.zeros(batch.num_targets), **NUMBERS)
     ahead = batch_of([2, 3], [False, True])
     assert objective.look_ahead(None, batch_of([1, 1], [True, True], ahead)).tolist() == [9.0, 1.0]

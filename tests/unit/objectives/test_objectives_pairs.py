@@ -10,7 +10,7 @@ from helpers import TINY_LLAMA
 
 from ds_trainer.model import attention, load
 from ds_trainer.objectives import dpo, language_model, orpo, pairs, reference, reward, simpo
-from ds_trainer.objectives.chunked_head import chunked_log_probs, plain_log_probs
+from ds_trainer.objectives.chunked_head import chunked_log_probs, plain_entropies, plain_log_probs
 from ds_trainer.protocols import IGNORED, MicroBatch, ModelBatch
 
 LENGTHS = torch.tensor([3, 5, 2, 2, 7, 1])
@@ -75,7 +75,7 @@ def test_log_probabilities_in_chunks_have_the_values_and_gradients_of_plain_ones
     offset = torch.randn(17, dtype=torch.float64) if bias else None
     targets, scales = torch.randint(0, 17, (11,)), torch.randn(11, dtype=torch.float64)
     given = [each.requires_grad_() for each in (hidden, weight, offset) if each is not None]
-    ours = chunked_log_probs(hidden, weight, offset, targets, rows)
+    ours, entropies = chunked_log_probs(hidden, weight, offset, targets, rows, entropy=True)
     plain = torch.nn.functional.linear(hidden, weight, offset).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     assert torch.allclose(ours, plain, atol=1e-12)
     gradients = (torch.autograd.grad(each @ scales, given) for each in (ours, plain))
@@ -83,7 +83,12 @@ def test_log_probabilities_in_chunks_have_the_values_and_gradients_of_plain_ones
         assert torch.allclose(found, expected, atol=1e-12)
     logits = torch.nn.functional.linear(hidden, weight, offset)
     assert torch.allclose(plain_log_probs(logits, targets), plain.float(), atol=1e-5)
-    nothing = chunked_log_probs(hidden[:0], weight, offset, targets[:0], rows)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert not entropies.requires_grad
+    assert torch.allclose(entropies, expected, atol=1e-12)
+    assert torch.allclose(plain_entropies(logits), expected.float(), atol=1e-5)
+    assert chunked_log_probs(hidden, weight, offset, targets, rows)[1].numel() == 0
+    nothing, _ = chunked_log_probs(hidden[:0], weight, offset, targets[:0], rows, entropy=True)
     assert [float(each.abs().sum()) for each in torch.autograd.grad(nothing.sum(), given)] == [0.0] * len(given)
 
 
@@ -92,7 +97,7 @@ def test_the_backward_pass_holds_no_logits_of_all_targets():
     hidden = torch.randn(64, 8, requires_grad=True)
     weight = torch.randn(1000, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda each: seen.append(each.numel()) or each, lambda each: each):
-        chunked_log_probs(hidden, weight, None, torch.zeros(64, dtype=torch.int64), 8).sum().backward()
+        chunked_log_probs(hidden, weight, None, torch.zeros(64, dtype=torch.int64), 8, entropy=True)[0].sum().backward()
     assert max(seen) == weight.numel()
 
 
@@ -168,6 +173,7 @@ def test_a_packed_row_gives_the_loss_and_the_gradients_of_its_answers_alone(stag
     for ours, expected in zip(torch.autograd.grad(found.terms.sum(), list(model.parameters())), plain_gradients, strict=True):
         assert torch.allclose(ours, expected, atol=tolerance)
     means = {name: float(value) / count for name, (value, count) in found.metrics.items()}
+    assert means["entropy"] > 0
     assert means["logps/chosen"] == pytest.approx(float(sums[0::2].mean()), abs=tolerance)
     assert means["rewards/margins"] == pytest.approx(means["rewards/chosen"] - means["rewards/rejected"], abs=tolerance)
     if stage == "dpo":
