@@ -30,7 +30,7 @@ class TrainEngine(Protocol):
     device: torch.device
 
     def units(self, batch: ModelBatch) -> tuple[int, ...]: ...  # noqa: D102
-    def look_ahead(self, batches: Iterable[ModelBatch]) -> None: ...  # noqa: D102
+    def look_ahead(self, batches: Iterable[ModelBatch]) -> Iterable[ModelBatch]: ...  # noqa: D102
     def micro_step(self, batch: ModelBatch, units: Tensor) -> Tensor: ...  # noqa: D102
     def end_step(self) -> Any: ...  # noqa: D102
     def evaluate(self, batch: ModelBatch) -> LossSums: ...  # noqa: D102
@@ -180,13 +180,11 @@ def evaluate(engine: TrainEngine, batches: Iterable[ModelBatch]) -> Evaluation:
     Collective; every rank must have the same number of batches, at least one.
     """
     engine.train_mode(False)
-    batches = list(batches)
-    engine.look_ahead(batches)
     terms: Tensor | float = 0.0
     units: Tensor | float = 0.0
     num_targets = 0
     metrics: dict[str, Tensor] = {}
-    for batch in batches:
+    for batch in engine.look_ahead(batches):
         whereabouts.at("evaluating")
         faults.point("evaluating")
         found = engine.evaluate(batch.to(engine.device))

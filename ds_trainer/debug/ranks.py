@@ -127,9 +127,9 @@ class AsRanks:
         self._index = 0
         return self.engine.end_step()
 
-    def look_ahead(self, batches: Iterable[ModelBatch]) -> None:
+    def look_ahead(self, batches: Iterable[ModelBatch]) -> Iterable[ModelBatch]:
         """As the engine does: the batches are those of all ranks."""
-        self.engine.look_ahead(batches)
+        return self.engine.look_ahead(batches)
 
     def evaluate(self, batch: ModelBatch) -> LossSums:
         """As the engine does."""

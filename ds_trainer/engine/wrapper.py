@@ -80,15 +80,19 @@ class Engine:
         """What the terms of the loss are means over, in this batch. Not collective."""
         return self._objective.units(batch)
 
-    def look_ahead(self, batches: Iterable[ModelBatch]) -> None:
+    def look_ahead(self, batches: Iterable[ModelBatch]) -> Iterable[ModelBatch]:
         """Find out what the objective has to know of all batches before the first of them; most have nothing to ask.
 
         Args:
             batches: of the step that comes next, or of an evaluation; as many on every rank.
+
+        Returns:
+            The same batches, to be computed; not read yet where there is nothing to ask.
         """
         ahead = self._objective.look_ahead
         if ahead is None:
-            return
+            return batches
+        batches = list(batches)
         was_training = self.model.training
         self.train_mode(False)
         with torch.no_grad():
@@ -96,6 +100,7 @@ class Engine:
         self.train_mode(was_training)
         self._forget_passes()
         self._known = comm.sum_over_ranks(sums)
+        return batches
 
     def micro_step(self, batch: ModelBatch, units: Tensor) -> Tensor:
         """One forward and backward.

@@ -38,7 +38,8 @@ class CountingEngine:
     def units(self, batch: ModelBatch) -> tuple[int, ...]:
         return (batch.num_targets,)
 
-    def look_ahead(self, batches) -> None: ...
+    def look_ahead(self, batches):
+        return batches
 
     def micro_step(self, batch: ModelBatch, units: torch.Tensor) -> torch.Tensor:
         self.random.append(torch.rand(()).item())
