@@ -143,6 +143,7 @@ def decide_whole_layers(resolved: Resolved, model_config: Any) -> WholeLayers:
             trust_remote_code=settings.model.trust_remote_code,
             gradient_checkpointing=False,
             adapter=settings.adapter,
+            value_head=settings.train.stage == "reward",
         )
     )
 

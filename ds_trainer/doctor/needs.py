@@ -64,6 +64,8 @@ def checkpoint_bytes(resolved: Resolved) -> tuple[int, str]:
 
     settings = resolved.settings
     adapter = settings.adapter.model_dump_json() if settings.adapter else "null"
-    trained = read_shape(settings.model.model_dump_json(), adapter, settings.train.precision).trained
+    trained = read_shape(
+        settings.model.model_dump_json(), adapter, settings.train.precision, settings.train.stage == "reward"
+    ).trained
     size = int(sum(checkpoint_of(trained).values()))
     return size, f"{trained:,} trained parameters x {size // max(1, trained)} bytes"

@@ -44,15 +44,20 @@ def meta_model(
     trust_remote_code: bool,
     gradient_checkpointing: Recompute,
     adapter: AdapterSection | None,
+    value_head: bool = False,
 ) -> Any:
     """The model as a run builds it, on the meta device: its real code and shapes, without memory for its weights."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = load.build_model(
-            copy.deepcopy(config), precision=precision, attention=attention, trust_remote_code=trust_remote_code
+            copy.deepcopy(config),  # building changes it
+            precision=precision,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            value_head=value_head,
         )
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
-        return add_adapter(model, adapter, 0) if adapter else model
+        return add_adapter(model, adapter, 0, value_head=value_head) if adapter else model
 
 
 def expert_blocks(model: Any, *, sharded: bool, ranks: int, all_trained: bool) -> list[nn.Module]:

@@ -28,7 +28,7 @@ from ds_trainer.model.layers import meta_model, whole_layers
 from ds_trainer.model.stack import decoder_layers
 from ds_trainer.model.tokenizer import first_line, require_folder
 from ds_trainer.monitor.metrics import ModelFlops, model_flops
-from ds_trainer.objectives import language_model
+from ds_trainer.objectives import language_model, reward
 from ds_trainer.plan.heap import Heap
 from ds_trainer.protocols import ModelBatch
 
@@ -115,6 +115,8 @@ class Traced:
     """The gradients stay with the parameters to the end of the pass, as at ZeRO-1, and count."""
     on_cpu: bool
     """The heap of small blocks is replayed."""
+    value_head: bool = False
+    """A reward model, which has that in place of a head with a vocabulary."""
 
 
 def read_config(model: ModelSection) -> Any:
@@ -142,15 +144,16 @@ def read_config(model: ModelSection) -> Any:
 
 
 @lru_cache(maxsize=8)
-def read_shape(model: str, adapter: str, precision: str) -> Shape:
+def read_shape(model: str, adapter: str, precision: str, value_head: bool = False) -> Shape:
     """Parameters and sizes of a model.
 
     Args:
         model: `settings.model` as JSON.
         adapter: `settings.adapter` as JSON, or "null".
         precision: `train.precision`.
+        value_head: it is a reward model.
     """
-    built = _build(model, adapter, precision, "eager", gradient_checkpointing=False)
+    built = _build(model, adapter, precision, "eager", gradient_checkpointing=False, value_head=value_head)
     config = base_of(built).config.get_text_config()
     weights = tuple(Weight(name, each.numel(), each.requires_grad, each.dim() >= 2) for name, each in built.named_parameters())
     whole = whole_layers(built)
@@ -167,7 +170,9 @@ def read_shape(model: str, adapter: str, precision: str) -> Shape:
     )
 
 
-def _build(model: str, adapter: str, precision: str, attention: str, *, gradient_checkpointing: Recompute) -> Any:
+def _build(
+    model: str, adapter: str, precision: str, attention: str, *, gradient_checkpointing: Recompute, value_head: bool
+) -> Any:
     """The model as `assemble.build` makes it, on the meta device."""
     section = ModelSection.model_validate_json(model)
     _register_fused()
@@ -178,8 +183,12 @@ def _build(model: str, adapter: str, precision: str, attention: str, *, gradient
         trust_remote_code=section.trust_remote_code,
         gradient_checkpointing=gradient_checkpointing,
         adapter=AdapterSection.model_validate_json(adapter) if adapter != "null" else None,
+        value_head=value_head,
     )
-    language_model.attach(base_of(built), chunked=section.chunked_loss)
+    if value_head:
+        reward.attach(base_of(built))
+    else:
+        language_model.attach(base_of(built), chunked=section.chunked_loss)
     return built
 
 
@@ -197,7 +206,12 @@ def trace(asked: Traced) -> StepPeak:
     attention = {"eager": "eager", DOCUMENTS: _FUSED_DOCUMENTS}.get(asked.attention, _FUSED)
     try:
         built = _build(
-            asked.model, asked.adapter, asked.precision, attention, gradient_checkpointing=asked.gradient_checkpointing
+            asked.model,
+            asked.adapter,
+            asked.precision,
+            attention,
+            gradient_checkpointing=asked.gradient_checkpointing,
+            value_head=asked.value_head,
         )
         stack = _stack_of_equal_layers(base_of(built))
         alike = asked.gradient_checkpointing in (True, False, "selective")
@@ -237,6 +251,7 @@ def _run(model: Any, asked: Traced) -> StepPeak:
     fused = asked.attention == DOCUMENTS or asked.attention.startswith("flash")
     rows, positions = (1, asked.rows * asked.seq_len) if fused else (asked.rows, asked.seq_len)
     ids = torch.zeros(rows, positions, dtype=torch.long, device="meta")
+    num_targets = 2 * asked.rows if asked.value_head else ids.numel()  # a value is read once an answer
     batch = ModelBatch(
         inputs={
             "input_ids": ids,
@@ -245,8 +260,8 @@ def _run(model: Any, asked: Traced) -> StepPeak:
             # A mask of four dimensions is taken as it is; without one, transformers looks at the values of the positions.
             "attention_mask": torch.zeros(1, 1, 1, 1, dtype=getattr(torch, DTYPES[asked.precision]), device="meta"),
         },
-        target_positions=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
-        targets=torch.zeros(ids.numel(), dtype=torch.long, device="meta"),
+        target_positions=torch.zeros(num_targets, dtype=torch.long, device="meta"),
+        targets=torch.zeros(num_targets, dtype=torch.long, device="meta"),
         num_tokens=ids.numel(),
         attention_pairs=ids.numel(),
     )
@@ -263,7 +278,7 @@ def _run(model: Any, asked: Traced) -> StepPeak:
     counter = _Alive(model, Heap() if asked.on_cpu else None)
     try:
         with counter:
-            loss = language_model.nll_sum(model, batch)
+            loss = language_model.nll_sum(model, batch).sum()  # of values, for a reward model
             forward = sum(counter.now)
             loss.backward()  # type: ignore[no-untyped-call]
     finally:

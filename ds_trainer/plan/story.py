@@ -114,7 +114,8 @@ def make_plan(request: Request) -> Plan:
     config = read_config(settings.model)
     model = settings.model.model_dump_json()
     adapter = settings.adapter.model_dump_json() if settings.adapter else "null"
-    shape = read_shape(model, adapter, settings.train.precision)
+    value_head = settings.train.stage == "reward"
+    shape = read_shape(model, adapter, settings.train.precision, value_head)
     require_trained(settings.train.no_weight_decay, [each.name for each in shape.weights if each.trained])
     engine = build_engine_config(
         resolved,
@@ -139,6 +140,7 @@ def make_plan(request: Request) -> Plan:
             whole_layers=holding.whole_layers and shape.whole_layers > 0,
             keep_gradients=gradients_grow(holding),
             on_cpu=holding.on_cpu,
+            value_head=value_head,
         )
     )
     masked = attention in ("sdpa", "eager")
@@ -176,8 +178,6 @@ def make_plan(request: Request) -> Plan:
 def _notes_on_pairs(resolved: Resolved) -> list[str]:
     """What to know of the table of a run on pairs of answers."""
     settings = resolved.settings
-    if settings.train.stage == "reward":
-        return ["train.stage = reward: counted as a language model, whose head a reward model does not have, so it takes less"]
     if has_reference(resolved):
         stage = settings.train.stage
         return [f"train.stage = {stage} keeps a frozen copy of the model as its reference; with a new adapter it takes nothing"]

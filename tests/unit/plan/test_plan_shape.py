@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TINY_LLAMA
 
-from ds_trainer.arguments.schema import AdapterSection, LoraSection, ModelSection
+from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection, ModelSection
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
 from ds_trainer.model.attention import arrange, register_document_attention
@@ -65,6 +65,14 @@ def test_lora_trains_two_matrices_beside_each_linear_layer():
     beside = 8 * (4 * 2 * HIDDEN + 3 * (HIDDEN + INNER))
     assert found.trained == 2 * beside
     assert found.total == read_shape(section(), "null", "bf16").total + 2 * beside
+
+
+def test_a_reward_model_has_a_value_head_and_no_vocabulary_to_predict():
+    words, values = read_shape(section(), "null", "bf16"), read_shape(section(), "null", "bf16", value_head=True)
+    assert values.total == words.total - 320 * HIDDEN + HIDDEN
+    freeze = AdapterSection(freeze=FreezeSection(train=["score.*"])).model_dump_json()
+    assert read_shape(section(), freeze, "bf16", value_head=True).trained == HIDDEN
+    assert traced(2, value_head=True).total < traced(2).total
 
 
 def test_a_layer_keeps_what_its_backward_pass_needs():
