@@ -25,7 +25,7 @@ ADAPTERS = (
     "oft",
     "last",
 )  # plain LoRA: test_layouts.py
-LAYOUTS = ("zero2", "zero3", "zero2_offload", "zero3_offload")
+LAYOUTS = ("zero2", "zero1", "zero3", "zero2_offload", "zero3_offload")
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         for adapter, settings in ADAPTERS.items()
         if adapter != "lora"
         for name, layout in {
+            "zero1": {"stage": 1},
             "zero2": {"stage": 2},
             "zero3": {"stage": 3},
             "zero2_offload": {"stage": 2, "offload_optimizer": CPU},
