@@ -155,22 +155,26 @@ FORMATS_OF = {
 """Stage -> the formats of records that it trains on."""
 
 
-def _formats_that_do_not_fit() -> Iterable[Constraint]:
-    def misfit(view: View, sources: Iterable[Source]) -> bool:
-        fitting = ("auto", *FORMATS_OF[view.settings.train.stage])
-        return any(each.format not in fitting for each in sources)
+def _held_out(settings: RunSettings) -> list[Source]:
+    return [each for sources in settings.evaluate.held_out.values() for each in sources] if settings.evaluate else []
 
-    def held_out(view: View) -> list[Source]:
-        evaluate = view.settings.evaluate
-        return [each for sources in evaluate.held_out.values() for each in sources] if evaluate else []
 
-    for at, sources_of in (("data.sources", lambda view: view.settings.data.sources), ("evaluate", held_out)):
+def _misfits(settings: RunSettings, sources: Iterable[Source]) -> list[str]:
+    """The formats that sources state and the stage does not train on."""
+    return sorted({each.format for each in sources} - {"auto", *FORMATS_OF[settings.train.stage]})
+
+
+def _training(settings: RunSettings) -> list[Source]:
+    return settings.data.sources
+
+
+def _formats_fit() -> Iterable[Constraint]:
+    for at, sources_of in (("data.sources", _training), ("evaluate", _held_out)):
         yield Constraint(
             f"formats_of_{at.partition('.')[0]}_fit_the_stage",
             at,
-            lambda v, sources_of=sources_of: misfit(v, sources_of(v)),  # type: ignore[misc]
-            "train.stage = {stage} trains on records of the format {formats}, and a source here says another. Write that, or "
-            "change train.stage.",
+            lambda v, sources_of=sources_of: bool(_misfits(v.settings, sources_of(v.settings))),  # type: ignore[misc]
+            "a source has the format {misfits}, and train.stage = {stage} trains on {formats}. Change one of them.",
             "data/formats.py",
         )
 
@@ -253,7 +257,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "objectives/reward.py",
     ),
     # The data.
-    *_formats_that_do_not_fit(),
+    *_formats_fit(),
     Constraint(
         "weights_for_all_sources_or_none",
         "data.sources",
@@ -799,6 +803,7 @@ def check_constraints(view: View) -> list[Problem]:
         "schedule_block": view.schedule_block,
         "optimizer": view.ds("optimizer.type"),
         "formats": " or ".join(FORMATS_OF[train.stage]),
+        "misfits": " and ".join(_misfits(view.settings, [*view.settings.data.sources, *_held_out(view.settings)])),
         "metric": view.settings.evaluate and view.settings.evaluate.metric,
         "metrics": ", ".join(metrics_of(view.settings)),
         "adapter_path": view.settings.lora and view.settings.lora.path,

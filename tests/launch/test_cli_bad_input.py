@@ -59,7 +59,7 @@ EXPECTED = {
         "or train.global_batch_size=1 train.micro_batch_size=1.",
     ],
     "data_folder": ["is a folder, but not one that `datasets` saved", "files or globs. Write "],
-    "data_wrong_stage": ["format text has no assistant turns", "train.stage=pretrain"],
+    "data_wrong_stage": ["a source has the format text, and train.stage = sft trains on messages or ", ".yaml:1: "],
     "model_missing": ["model.path = no/such/model: no such folder", "hub id"],
     "model_no_tokenizer": ["no tokenizer could be loaded (the folder holds config.json,", "model.tokenizer"],
     "model_broken_config": [
