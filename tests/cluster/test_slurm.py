@@ -75,7 +75,8 @@ def test_the_batch_file_saves_requeues_and_goes_on(slurm, corpus, tmp_path):
         pass
     ended = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert (ended["code"], ended["reason"]) == (75, "stopped by SIGUSR1")
-    type("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait for two minutes
+    # SLURM would wait for two minutes. At once is too soon: slurmd has revoked the credentials of the second of the requeue.
+    type("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     while not state().startswith("COMPLETED"):
         pass
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
