@@ -56,7 +56,7 @@ from ds_trainer.monitor.recorder import Speed
 from ds_trainer.objectives import dpo, kto, language_model, orpo, reference, reward, simpo
 from ds_trainer.protocols import ModelBatch, Objective
 from ds_trainer.run_data import RunData, length_of, plan_steps, prepare_run_data, read_windows, samples_of_micro_batch
-from ds_trainer.state import TrainState
+from ds_trainer.state import TrainState, demand_determinism
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +89,8 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, batch: BatchP
     batch = batch or solve_run_batch(resolved, launch.world_size)
     device = comm.device_of(launch.local_rank)
     prepare_deepspeed(device, launch.local_world_size)
+    if settings.train.deterministic:
+        demand_determinism()
     if problems := validate_blocks(resolved.deepspeed):
         raise ArgumentsError(problems)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any
 
 import torch
@@ -87,6 +88,16 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of all randomness (dropout) in one step on one rank, so that no generator's state has to be saved."""
     digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def demand_determinism() -> None:
+    """Let torch take kernels that give the same bits again, and raise where it has none. Before the device is used.
+
+    Source: torch 2.13, documentation of `torch.use_deterministic_algorithms`; cuBLAS is told by the environment.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs a write of all memory
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:

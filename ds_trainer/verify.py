@@ -111,6 +111,7 @@ def verify_resume(resolved: Resolved, launch: str, *, arguments: list[str], step
         f"checkpoint.every_steps={steps}",
         "checkpoint.keep_last=9",
         "monitor.log_every_steps=1",
+        "train.deterministic=true",  # on a GPU two equal runs differ in their last bits otherwise
         *([f"evaluate.every_steps={steps}"] if settings.checkpoint.keep_best else []),  # where it saves
     ]
     command = [*shlex.split(launch), "ds_trainer", "train", *arguments, *ours, "checkpoint.resume=auto"]

@@ -26,14 +26,19 @@ def rows_of(documents, seq_len=18):
     )
 
 
-def logits_and_gradients(documents_of_each_row, implementation, device="cpu"):
+def logits_and_gradients(documents_of_each_row, implementation, device="cpu", dtype=torch.float32):
     """Logits of all targets, end to end, and the gradient of the sum of their losses."""
     torch.manual_seed(0)
     attention.register_document_attention()
     config = AutoConfig.for_model(
-        "llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        "llama",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
-    dtype = torch.bfloat16 if implementation.startswith("flash") else torch.float32
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype).to(device)
     logits, losses = [], []
     for documents in documents_of_each_row:

@@ -234,6 +234,8 @@ class TrainSection(Section):
     """Type of weights and activations in forward and backward; the optimizer keeps fp32 master weights."""
     seed: NonNegativeInt = 0
     """Decides initial weights, the order of the data and dropout."""
+    deterministic: bool = False
+    """The same bits again from the same start on a GPU too, with slower kernels; without it their last bits vary there."""
     max_seconds: PositiveInt | None = None
     """Stop after so much wall-clock time as a signal would: at a step's end, with a checkpoint, to be started again."""
     on_nonfinite: Literal["skip", "stop"] = "skip"

@@ -8,8 +8,10 @@ that is used, and `probe_isolation` proves on the real model, before the first s
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from ds_trainer.errors import ModelError
 from ds_trainer.protocols import IGNORED, OTHERS, UNUSED, UNWANTED, WANTED, MicroBatch, ModelBatch
 
 DOCUMENTS = "documents"
-"""Our implementation: one attention call a document, so that no masked pair is ever computed."""
+"""Our implementation: no masked pair is ever computed. On a GPU one call for all documents, elsewhere one call for each."""
 
 
 def choose_attention(asked: str, config: Any, device_type: str, precision: str) -> str:
@@ -70,6 +72,7 @@ def _document_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     document_lengths: tuple[int, ...] | None = None,
+    document_bounds: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document of one row.
@@ -83,6 +86,7 @@ def _document_attention(
         scaling: factor on the scores.
         dropout: probability of dropping a score.
         document_lengths: positions of each document, on the host; None for a call that packs nothing, as generation does.
+        document_bounds: (documents + 1,) int32, where each starts and the last one ends, on the device.
         **kwargs: what else transformers hands on; what would change the scores is refused.
 
     Returns:
@@ -100,6 +104,11 @@ def _document_attention(
         )
         return output.transpose(1, 2).contiguous(), None
     lengths = document_lengths or (query.shape[2],)
+    if len(lengths) > 1 and document_bounds is not None and dropout == 0.0 and _fits_varlen(query):
+        heads_last = (each[0].transpose(0, 1) for each in (query, key, value))
+        longest = max(lengths)
+        packed: Tensor = _varlen()(*heads_last, document_bounds, document_bounds, longest, longest, scale=scaling)
+        return packed[None], None
     grouped = query.shape[1] != key.shape[1]
     outputs = [
         nn.functional.scaled_dot_product_attention(
@@ -108,6 +117,30 @@ def _document_attention(
         for q, k, v in zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _fits_varlen(query: Tensor) -> bool:
+    """Whether torch's attention for packed documents takes these queries (1, heads, positions, head_size).
+
+    Source: torch 2.11, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_varlen_fwd.
+    """
+    size = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and size % 8 == 0 and size <= 256 and _varlen() is not None
+
+
+@cache
+def _varlen() -> Any:
+    """The attention of torch for packed documents, causal in each; None before torch 2.11, where it cannot scale the scores."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    takes = inspect.signature(varlen_attn).parameters
+    if "window_size" not in takes:
+        return None
+    grouped: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in takes else {}
+    )  # torch 2.11 takes fewer keys than queries unasked
+    return partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
 def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> ModelBatch:
@@ -140,10 +173,10 @@ def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> Mod
         input_ids, labels, positions = (each.flatten()[kept][None] for each in (input_ids, labels, positions))
         starts = torch.cat([(positions[0] == 0).nonzero().flatten(), torch.tensor([positions.shape[1]])])
         lengths = starts.diff()
+        boundaries = pinned(starts.to(torch.int32))
         if implementation == DOCUMENTS:
-            extra["document_lengths"] = tuple(lengths.tolist())
+            extra = {"document_lengths": tuple(lengths.tolist()), "document_bounds": boundaries}
         else:
-            boundaries = pinned(starts.to(torch.int32))
             longest = int(lengths.max())
             extra = {
                 "cu_seq_lens_q": boundaries,

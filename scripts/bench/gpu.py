@@ -15,6 +15,7 @@ others by --peak-tflops. Attention is counted as causal, half of the square.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -310,6 +311,7 @@ class Bench:
         self.goals: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self._begun = time.monotonic()
+        self._seconds: float = arguments.seconds
         self._port = 29700 + os.getpid() % 200
 
     def small(self, value: int, tiny: int) -> int:
@@ -325,11 +327,11 @@ class Bench:
             seq_len: positions in a row.
             rows: of a micro-batch.
             **options: law, accumulation, checkpointing, lora, zero, log_every, profiled, compiled, label, hf_rows, steps,
-                offload, low_memory, chunked.
+                offload, low_memory, chunked, deterministic.
         """
         label = options.get("label", "")
         said = f"{NAMES[who]}, {model}, {rows} x {seq_len}{', ' + label if label else ''}"
-        left = STEP_SECONDS - (time.monotonic() - self._begun)
+        left = self._seconds - (time.monotonic() - self._begun)
         if left < 40 and not self.dry:
             self.notes.append(f"Left out for want of time: {said}.")
             return {}
@@ -459,6 +461,7 @@ class Bench:
                 "micro_batch_size": rows,
                 "gradient_accumulation_steps": accumulation,
                 "schedule": "constant",
+                "deterministic": bool(options.get("deterministic")),
             },
             "deepspeed": {"config": str(FOLDER / "ours.json")},
             "checkpoint": {"folder": str(run), "resume": "never"},
@@ -599,6 +602,13 @@ def ceilings(bench: Bench) -> None:
         adam = torch.optim.AdamW([parameter], fused=True)
         took = milliseconds(bench, adam.step)
         rows.append([f"torch's fused AdamW, fp32, {place}", parameter.numel() / took / 1e6, "G parameters/s"])
+    if not bench.dry and bench._has_op("fused_adam"):
+        from deepspeed.ops.adam import FusedAdam
+
+        parameter = torch.nn.Parameter(torch.zeros(count, device=device))
+        parameter.grad = torch.ones_like(parameter)
+        took = milliseconds(bench, FusedAdam([parameter], adam_w_mode=True).step)
+        rows.append(["DeepSpeed's FusedAdam, fp32", parameter.numel() / took / 1e6, "G parameters/s"])
     if bench._has_op("cpu_adam"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -645,6 +655,7 @@ def full_ft(bench: Bench) -> None:
             bench.goals.append(goal(f"{model}: MFU", least_mfu, ours["mfu"], "%", at_least=True))
     for seq_len, rows in ((2048, 8), (8192, 2)):
         bench.train("ours", "1B", seq_len=seq_len, rows=rows)
+    bench.train("ours", "1B", seq_len=4096, rows=4, deterministic=True, label="deterministic")
     bench.finish()
 
 
@@ -726,6 +737,46 @@ def loss_head(bench: Bench) -> None:
                     bench.goals.append(goal(f"{what}: memory, whole = 1", 0.25, peak / plain_peak))
     columns = ["how", "vocabulary", "targets", "ms", "peak, GiB", "loss"]
     bench.finish([{"title": "Head and loss, forward and backward, bf16", "columns": columns, "rows": rows}])
+
+
+def attention_ways(bench: Bench) -> None:
+    """G11: attention of packed rows, forward and backward: one call for all documents against one for each."""
+    count = bench.small(16_384, 256)
+    rows: list[list[Any]] = []
+    for name in ("4,096 each", "chat-like", "Alpaca-like"):
+        drawn = [count // 4] * 4 if name == "4,096 each" else lengths_of(name, count).tolist()
+        starts = [0, *(end for end in itertools.accumulate(drawn) if end < count), count]
+        one, each = attention_cost(bench, starts)
+        rows.append([name, len(starts) - 1, one, each, each / one])
+    columns = ["documents", "how many", "one call, ms", "a call each, ms", "times"]
+    title = f"Attention over {count:,} positions of 32 heads of 64, 8 of keys, forward and backward"
+    bench.finish([{"title": title, "columns": columns, "rows": rows}])
+
+
+def attention_cost(bench: Bench, starts: list[int]) -> tuple[float, float]:
+    """Milliseconds of attention in documents with these starts, and the end of the last: in one call, and in one for each."""
+    import torch
+
+    from ds_trainer.model import attention
+
+    device, dtype = ("cpu", torch.float32) if bench.dry else ("cuda", torch.bfloat16)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, starts[-1], 64, dtype=dtype, device=device, requires_grad=True) for heads in (32, 8, 8)]
+    module = torch.nn.Linear(1, 1)
+    lengths = tuple(end - start for start, end in itertools.pairwise(starts))
+
+    def run(bounds: torch.Tensor | None) -> torch.Tensor:
+        for each in inputs:
+            each.grad = None
+        found, _ = attention._document_attention(module, *inputs, None, document_lengths=lengths, document_bounds=bounds)
+        found.float().square().sum().backward()
+        return found.detach()
+
+    bounds = torch.tensor(starts, dtype=torch.int32, device=device)
+    one, each = run(bounds), run(None)
+    if not (one - each).norm() <= 1e-2 * each.norm():
+        sys.exit("the two ways compute something else; what is timed is not the same")
+    return milliseconds(bench, lambda: run(bounds)), milliseconds(bench, lambda: run(None))
 
 
 def head_cost(bench: Bench, way: Callable[..., Any], count: int, vocabulary: int) -> tuple[float, float, float]:
@@ -842,6 +893,7 @@ STEPS: dict[str, Callable[[Bench], None]] = {
     "full_8b": full_8b,
     "pack_vs_pad": pack_vs_pad,
     "loss_head": loss_head,
+    "attention": attention_ways,
     "host_sync": host_sync,
     "zero3_host": zero3_host,
     "offload_3b": offload_3b,
@@ -860,6 +912,9 @@ def main() -> None:
         "step", choices=STEPS, help="what is measured: " + "; ".join(f"{name}: {run.__doc__}" for name, run in STEPS.items())
     )
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU; nothing is kept")
+    parser.add_argument(
+        "--seconds", type=float, default=STEP_SECONDS, help="what the step may take; jobs after that are left out"
+    )
     parser.add_argument(
         "--peak-tflops", type=float, help="of dense bf16 by the data sheet, for MFU on other GPUs than H100 and H200"
     )
