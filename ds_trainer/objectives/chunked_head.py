@@ -14,13 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits held at once: 32 Mi numbers, 128 MiB in fp32. Fewer make the matrix products small, more cost memory."""
+CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
+"""Logits held at once, by the type of the device: in fp32 128 and 512 MiB. Fewer make the matrix products small, more cost
+memory. On a GPU they must be larger: each chunk reads and writes the whole gradient of the head's weights once."""
 
 
-def chunk_rows(vocabulary_size: int) -> int:
+def chunk_rows(vocabulary_size: int, device_type: str) -> int:
     """Targets in a chunk, so that a chunk holds about CHUNK_ELEMENTS logits."""
-    return max(64, CHUNK_ELEMENTS // vocabulary_size)
+    return max(64, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocabulary_size)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `total`, which may be wider than they are: its sums over many chunks keep what single chunks add."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # no product in bf16, which would be written and read again
+    else:
+        total += a @ b
+
+
+def _exp_as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The exponential of values that are not needed any more, as another type."""
+    return values.exp_() if values.dtype == dtype else torch.exp(values, out=torch.empty_like(values, dtype=dtype))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -32,28 +48,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        # Sums over many chunks: in bf16 they would lose what single chunks add.
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if want_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if want_bias else None
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = nn.functional.linear(part, weight, bias).to(wide)
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            total += (normalizer - logits.gather(-1, target)).sum()
+            log_probs = nn.functional.linear(part, weight, bias).log_softmax(dim=-1, dtype=wide)
+            picked = log_probs.gather(-1, target)
+            total -= picked.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            logits.sub_(normalizer).exp_()
-            logits.scatter_add_(-1, target, torch.full_like(normalizer, -1.0))
+            grad_logits = _exp_as(log_probs, hidden.dtype)
+            grad_logits.scatter_(-1, target, picked.expm1().to(hidden.dtype))
             if grad_bias is not None:
-                grad_bias += logits.sum(dim=0)
-            grad_logits = logits.to(hidden.dtype)
+                grad_bias += grad_logits.sum(dim=0, dtype=wide)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                if part.dtype == wide:
-                    grad_weight.addmm_(grad_logits.T, part)
-                else:
-                    grad_weight += grad_logits.T @ part
+                _add_product(grad_weight, grad_logits.T, part)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -63,10 +74,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (scale,) = grad_outputs
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+
+        def scaled(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            return None if gradient is None else torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
         return (
             None if grad_hidden is None else grad_hidden * scale,
-            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
+            scaled(grad_weight, weight_dtype),
+            scaled(grad_bias, bias_dtype),
             None,
             None,
         )
@@ -85,7 +100,8 @@ def chunked_nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets
     Returns:
         A scalar in fp32 (fp64 for fp64 input); 0 when there is no target.
     """
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, rows or chunk_rows(weight.shape[0]))
+    rows = rows or chunk_rows(weight.shape[0], weight.device.type)
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, rows)
     return total
 
 
@@ -101,18 +117,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, entropy: bool
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        normalizers = torch.empty(len(targets), 1, dtype=wide, device=hidden.device)
         result = torch.empty(len(targets), dtype=wide, device=hidden.device)
         entropies = torch.empty(len(targets) if entropy else 0, dtype=wide, device=hidden.device)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = nn.functional.linear(hidden[part], weight, bias).to(wide)
-            normalizers[part] = logits.logsumexp(dim=-1, keepdim=True)
-            result[part] = (logits.gather(-1, targets[part, None]) - normalizers[part])[:, 0]
+            log_probs = nn.functional.linear(hidden[part], weight, bias).log_softmax(dim=-1, dtype=wide)
+            result[part] = log_probs.gather(-1, targets[part, None])[:, 0]
             if entropy:
-                mean_logits = (logits - normalizers[part]).exp_().mul_(logits).sum(dim=-1)
-                entropies[part] = normalizers[part, 0] - mean_logits
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
+                entropies[part] = -log_probs.exp().mul_(log_probs).sum(dim=-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, result)
         ctx.rows = rows
         ctx.mark_non_differentiable(entropies)
         return result, entropies
@@ -120,28 +133,23 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scales = grad_outputs[0]
-        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        hidden, weight, bias, targets, result = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        wide = normalizers.dtype
+        wide = result.dtype
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if want_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if want_bias else None
         for start in range(0, len(targets), ctx.rows):
             part = slice(start, start + ctx.rows)
-            logits = nn.functional.linear(hidden[part], weight, bias).to(wide)
-            logits.sub_(normalizers[part]).exp_().neg_()
-            logits.scatter_add_(-1, targets[part, None], torch.ones_like(normalizers[part]))
-            logits.mul_(scales[part, None])
+            probs = nn.functional.linear(hidden[part], weight, bias).softmax(dim=-1, dtype=wide)
+            probs.scatter_(-1, targets[part, None], result[part, None].expm1())
+            grad_logits = torch.mul(probs, -scales[part, None], out=torch.empty_like(probs, dtype=hidden.dtype))
             if grad_bias is not None:
-                grad_bias += logits.sum(dim=0)
-            grad_logits = logits.to(hidden.dtype)
+                grad_bias += grad_logits.sum(dim=0, dtype=wide)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                if hidden.dtype == wide:
-                    grad_weight.addmm_(grad_logits.T, hidden[part])
-                else:
-                    grad_weight += grad_logits.T @ hidden[part]
+                _add_product(grad_weight, grad_logits.T, hidden[part])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -164,7 +172,7 @@ def chunked_log_probs(
         or (0,) where they are not asked for.
     """
     found: tuple[Tensor, Tensor] = _ChunkedLogProbs.apply(
-        hidden, weight, bias, targets, rows or chunk_rows(weight.shape[0]), entropy
+        hidden, weight, bias, targets, rows or chunk_rows(weight.shape[0], weight.device.type), entropy
     )
     return found
 

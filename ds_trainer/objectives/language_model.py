@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ds_trainer.errors import ModelError
 from ds_trainer.objectives.chunked_head import (
+    chunk_rows,
     chunked_log_probs,
     chunked_nll_sum,
     plain_entropies,
@@ -28,7 +29,7 @@ from ds_trainer.objectives.router import balance_sum, experts_per_token
 from ds_trainer.protocols import LossSums, ModelBatch, Objective
 
 
-def attach(model: Any, *, chunked: bool, router: bool = False) -> str:
+def attach(model: Any, *, chunked: bool, router: bool = False, as_on: str | None = None) -> str:
     """Make the model's forward return the loss of given targets, or the log-probability of each.
 
     The head computes loss and logits in one call of one module: under ZeRO-3 its weight is gathered once a call, and the
@@ -38,6 +39,7 @@ def attach(model: Any, *, chunked: bool, router: bool = False) -> str:
         model: a transformers causal language model, without adapters around it.
         chunked: keep the logits out of memory; False computes them whole.
         router: its routers are balanced too, see `balanced`.
+        as_on: take the chunks of this type of device; by default of the one that the weights are on.
 
     Returns:
         What was attached, for the log.
@@ -69,9 +71,10 @@ def attach(model: Any, *, chunked: bool, router: bool = False) -> str:
     ) -> Any:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
+        rows = chunk_rows(self.weight.shape[0], as_on or self.weight.device.type)
         if not each:
-            return chunked_nll_sum(hidden, self.weight, self.bias, targets)
-        found = chunked_log_probs(hidden, self.weight, self.bias, targets, entropy=entropy)
+            return chunked_nll_sum(hidden, self.weight, self.bias, targets, rows)
+        found = chunked_log_probs(hidden, self.weight, self.bias, targets, rows, entropy=entropy)
         return found if entropy else found[0]
 
     def forward(

@@ -171,7 +171,14 @@ def read_shape(model: str, adapter: str, precision: str, value_head: bool = Fals
 
 
 def _build(
-    model: str, adapter: str, precision: str, attention: str, *, gradient_checkpointing: Recompute, value_head: bool
+    model: str,
+    adapter: str,
+    precision: str,
+    attention: str,
+    *,
+    gradient_checkpointing: Recompute,
+    value_head: bool,
+    on_cpu: bool = False,
 ) -> Any:
     """The model as `assemble.build` makes it, on the meta device."""
     section = ModelSection.model_validate_json(model)
@@ -188,7 +195,7 @@ def _build(
     if value_head:
         reward.attach(base_of(built))
     else:
-        language_model.attach(base_of(built), chunked=section.chunked_loss)
+        language_model.attach(base_of(built), chunked=section.chunked_loss, as_on="cpu" if on_cpu else "cuda")
     return built
 
 
@@ -212,6 +219,7 @@ def trace(asked: Traced) -> StepPeak:
             attention,
             gradient_checkpointing=asked.gradient_checkpointing,
             value_head=asked.value_head,
+            on_cpu=asked.on_cpu,
         )
         stack = _stack_of_equal_layers(base_of(built))
         alike = asked.gradient_checkpointing in (True, False, "selective")

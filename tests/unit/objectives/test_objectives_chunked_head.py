@@ -65,8 +65,9 @@ def test_no_targets_give_zero_with_zero_gradients():
 
 
 def test_chunks_hold_about_the_same_number_of_logits():
-    assert chunk_rows(128_000) * 128_000 <= 1 << 25
-    assert chunk_rows(1 << 30) == 64
+    assert chunk_rows(128_000, "cpu") * 128_000 <= 1 << 25
+    assert 1 << 26 < chunk_rows(128_000, "cuda") * 128_000 <= 1 << 27
+    assert chunk_rows(1 << 30, "cuda") == 64
 
 
 PEAK = """

@@ -163,7 +163,7 @@ def test_time_and_price(plan_of):
 
 
 GOLDEN = """\
-DOES NOT FIT: GPU memory of a rank: 156 GiB needed, 40 GiB there, 116 GiB short
+DOES NOT FIT: GPU memory of a rank: 155 GiB needed, 40 GiB there, 115 GiB short
 
 model    llama, 8,030,261,248 parameters, all trained
 engine   ZeRO-2, bf16
