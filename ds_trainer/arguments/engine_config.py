@@ -73,8 +73,8 @@ def offload_device(resolved: Resolved, what: Literal["offload_optimizer", "offlo
 def optimizer_kind(resolved: Resolved, device_type: str) -> OptimizerKind:
     """Which implementation moves the weights.
 
-    All but `deepspeed` compute the same AdamW: torch's fused one needs no compiler and on the CPU is as fast as
-    DeepSpeed's; DeepSpeed's fused one is for GPUs; CPUAdam is the one DeepSpeed offloads with.
+    All but `deepspeed` compute the same AdamW: torch's fused one needs no compiler and is as fast as DeepSpeed's, on a GPU
+    too, where `torch_adam: false` takes that one; CPUAdam is the one DeepSpeed offloads with.
     `deepspeed` means that DeepSpeed builds what the block `optimizer` says.
     """
     block = resolved.deepspeed.find("optimizer")
@@ -88,7 +88,7 @@ def optimizer_kind(resolved: Resolved, device_type: str) -> OptimizerKind:
         return "torch_adamw"
     if offload_device(resolved, "offload_optimizer") != "none":
         return "cpu_adam"
-    return "fused_adam" if device_type == "cuda" else "torch_adamw"
+    return "fused_adam" if device_type == "cuda" and params.get("torch_adam") is False else "torch_adamw"
 
 
 def needed_ops(resolved: Resolved, device_type: str) -> tuple[str, ...]:

@@ -21,7 +21,12 @@ from ds_trainer.errors import ModelError
 from ds_trainer.protocols import IGNORED, OTHERS, UNUSED, UNWANTED, WANTED, MicroBatch, ModelBatch
 
 DOCUMENTS = "documents"
-"""Our implementation: no masked pair is ever computed. On a GPU one call for all documents, elsewhere one call for each."""
+"""Our implementation: no masked pair is ever computed. On a GPU one call for all short documents, else one call for each."""
+LONG_DOCUMENT = 2048
+"""Documents of so many positions on average fill a GPU one by one, and the kernel for one is the faster one.
+
+Source: `scripts/bench/gpu.sh attention`.
+"""
 
 
 def choose_attention(asked: str, config: Any, device_type: str, precision: str) -> str:
@@ -104,7 +109,8 @@ def _document_attention(
         )
         return output.transpose(1, 2).contiguous(), None
     lengths = document_lengths or (query.shape[2],)
-    if len(lengths) > 1 and document_bounds is not None and dropout == 0.0 and _fits_varlen(query):
+    short = query.shape[2] < LONG_DOCUMENT * len(lengths)
+    if short and document_bounds is not None and dropout == 0.0 and _fits_varlen(query):
         heads_last = (each[0].transpose(0, 1) for each in (query, key, value))
         longest = max(lengths)
         packed: Tensor = _varlen()(*heads_last, document_bounds, document_bounds, longest, longest, scale=scaling)

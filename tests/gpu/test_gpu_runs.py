@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY_LLAMA, clean_environment, run_command, torchrun
+from helpers import ROOT, TINY_LLAMA, clean_environment, metrics, run_command, torchrun
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -28,11 +28,27 @@ def test_a_resume_is_exact(run_file, corpus, tmp_path, config):
     model = {"config": {**TINY_LLAMA, "max_position_embeddings": 1024}, "tokenizer": str(corpus / "tokenizer")}
     train = {"precision": "bf16", "max_steps": 50, "warmup_steps": 2}
     run = run_file("run", model=model, train=train, data={"seq_len": 512}, deepspeed=block)
-    launch = "torchrun --nproc-per-node 1 -m"
+    launch = "torchrun --standalone --nproc-per-node 1 -m"
     done = on_gpu(*PROGRAM, "verify", "--resume", "--config", str(run), "--steps", "3", "--launch", launch, cwd=tmp_path)
     log = tmp_path / "run" / "verify.log"
     assert done.code == 0, done.text + (log.read_text()[-3000:] if log.exists() else "")
     assert "PROVED" in done.out
+
+
+def test_activations_kept_on_the_host_change_nothing(run_file, tmp_path):
+    run = run_file("run", train={"precision": "bf16", "deterministic": True})
+    losses = []
+    for where in ("false", "true"):
+        options = [
+            f"model.offload_activations={where}",
+            "model.gradient_checkpointing=true",
+            f"checkpoint.folder={tmp_path}/{where}",
+        ]
+        command = torchrun(1, "--standalone", "-m", "ds_trainer", "train", "--config", str(run), *options)
+        done = on_gpu(*command, cwd=tmp_path)
+        assert done.code == 0, done.text
+        losses.append([line["loss"] for line in metrics(tmp_path / where)])
+    assert losses[0] == losses[1]
 
 
 def test_debug_trains_on_the_gpu(run_file, tmp_path):
@@ -43,7 +59,7 @@ def test_debug_trains_on_the_gpu(run_file, tmp_path):
 
 def test_too_little_memory_is_explained(run_file, tmp_path):
     run = run_file("run", train={"precision": "bf16", "micro_batch_size": 4})
-    command = torchrun(1, "-m", "ds_trainer", "train", "--config", str(run))
+    command = torchrun(1, "--standalone", "-m", "ds_trainer", "train", "--config", str(run))
     done = on_gpu(*command, cwd=tmp_path, PYTORCH_ALLOC_CONF="per_process_memory_fraction:0.0002")
     reason = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert reason["code"] == 8, done.text

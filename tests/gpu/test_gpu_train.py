@@ -20,14 +20,24 @@ def test_a_gpu_trains_what_the_cpu_does(run_file, tmp_path, stage):
     environment = clean_environment()
     cpu = run_command(
         torchrun(
-            1, "-m", "ds_trainer", "train", "--config", str(config), "train.precision=fp32", f"checkpoint.folder={tmp_path}/cpu"
+            1,
+            "--standalone",
+            "-m",
+            "ds_trainer",
+            "train",
+            "--config",
+            str(config),
+            "train.precision=fp32",
+            f"checkpoint.folder={tmp_path}/cpu",
         ),
         cwd=tmp_path,
         env=environment,
     )
     assert cpu.code == 0, cpu.text
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    gpu = run_command(torchrun(1, "-m", "ds_trainer", "train", "--config", str(config)), cwd=tmp_path, env=environment)
+    gpu = run_command(
+        torchrun(1, "--standalone", "-m", "ds_trainer", "train", "--config", str(config)), cwd=tmp_path, env=environment
+    )
     assert gpu.code == 0, gpu.text
     assert "x cuda" in gpu.out
     ours, theirs = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("gpu", "cpu"))

@@ -128,9 +128,9 @@ def test_monitors_are_handed_over_whole_and_an_empty_auto_is_not(files):
 
 KINDS = [
     # DeepSpeed keys -> kind on cpu, kind on cuda
-    ({}, "torch_adamw", "fused_adam"),
-    ({"optimizer": {"type": "AdamW"}}, "torch_adamw", "fused_adam"),
-    ({"optimizer": {"type": "adam", "params": {"lr": 1e-3, "betas": "auto"}}}, "torch_adamw", "fused_adam"),
+    ({}, "torch_adamw", "torch_adamw"),
+    ({"optimizer": {"type": "AdamW"}}, "torch_adamw", "torch_adamw"),
+    ({"optimizer": {"type": "adam", "params": {"lr": 1e-3, "betas": "auto"}}}, "torch_adamw", "torch_adamw"),
     ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, "torch_adamw", "torch_adamw"),
     ({"optimizer": {"type": "AdamW", "params": {"torch_adam": False}}}, "torch_adamw", "fused_adam"),
     ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "deepspeed", "deepspeed"),
@@ -138,7 +138,7 @@ KINDS = [
     ({"optimizer": {"type": "AdamW", "legacy_fusion": True}}, "deepspeed", "deepspeed"),
     ({"optimizer": {"type": "Lion"}}, "deepspeed", "deepspeed"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "cpu_adam", "cpu_adam"),
-    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, "torch_adamw", "fused_adam"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, "torch_adamw", "torch_adamw"),
     (
         {
             "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},

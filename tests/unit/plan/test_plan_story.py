@@ -170,14 +170,14 @@ engine   ZeRO-2, bf16
 cluster  1 node x 4 GPUs of 40 GiB, 1 TiB host memory a node
 
 GPU memory of a rank, at its peak (forward and backward)
-  activations                                 107.59 GiB
+  activations                                 106.66 GiB
   optimizer states                             22.44 GiB
   weights                                      14.96 GiB
   gradients                                     7.69 GiB
   CUDA context and libraries (allowance)        1.00 GiB
   flattened for reducing                        0.93 GiB
   buckets for reducing                          0.93 GiB
-  total                                       155.54 GiB
+  total                                       154.60 GiB
   in other phases: norm 46.15 GiB, update 53.46 GiB
 
 host memory of a rank, at its peak (training); a node has 4
@@ -210,7 +210,7 @@ What makes it fit, cheapest first; each was planned with the change in it
        activations are computed again: a third more compute
      deepspeed.zero_optimization.stage=3
        weights are gathered in forward and backward: about 1.5 x the traffic
-     FITS: GPU memory of a rank: 39.7 GiB of 40 GiB, 307 MiB free; host memory of a node: 108 GiB of 1 TiB, 916 GiB free
+     FITS: GPU memory of a rank: 38.76 GiB of 40 GiB, 1.24 GiB free; host memory of a node: 108 GiB of 1 TiB, 916 GiB free
 """
 
 
