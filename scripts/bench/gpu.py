@@ -366,7 +366,7 @@ class Bench:
         planned = self._planned(job) if who == "ours" and not self.dry else None
         if planned:
             self.goals.append(
-                goal(f"{said}: plan's memory of the GPU by what was taken, off by", 5.0, off(planned, found), "%")
+                goal(f"{said}: plan's memory of the GPU by what was taken, off by", 10.0, off(planned, found), "%")
             )
         self.rows.append(
             [
