@@ -27,7 +27,7 @@ from ds_trainer.arguments.engine_config import (
     zero_stage,
 )
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.arguments.objective import PAIR_STAGES, numbers_of, reference_is_base
+from ds_trainer.arguments.objective import PAIR_STAGES, numbers_of, reference_is_base, reference_is_precomputed
 from ds_trainer.data.cache import head_start_of
 from ds_trainer.data.loader import Windows, evaluation_batches
 from ds_trainer.data.rows import TokenRows
@@ -283,6 +283,7 @@ def objective_of(prepared: Prepared, report: Report) -> Objective:
     """What the stage minimises. Collective where it needs a reference that is a model of its own."""
     settings = prepared.resolved.settings
     stage, numbers = settings.train.stage, numbers_of(settings)
+    numbers.pop("reference", None)
     if any(value is not None for value in numbers.values()):
         report(f"objective: {stage}, {', '.join(f'{name} {value}' for name, value in numbers.items())}")
     if stage == "dpo":
@@ -302,6 +303,8 @@ def objective_of(prepared: Prepared, report: Report) -> Objective:
 def reference_of(prepared: Prepared, report: Report) -> reference.Reference:
     """The model before the run: the base of a new adapter, or a frozen copy. Collective where it is a copy."""
     adapter = prepared.resolved.settings.adapter
+    if reference_is_precomputed(prepared.resolved.settings):
+        return reference.precomputed
     if reference_is_base(adapter):
         report("reference: the base, which is the model with the adapter switched off; nothing is held twice")
         return reference.adapter_off

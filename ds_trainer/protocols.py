@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class MicroBatch:
     """Bool: whether the position holds a token of the data; False in the padded tail."""
     kinds: Tensor | None = None
     """Of each document, in their order: (num_documents,) int64; None where all are 0."""
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else is known of each document, by name: (num_documents,) float64."""
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +61,8 @@ class ModelBatch:
     """Pairs (token, token it attends to) under full causal attention inside each document; a token attends to itself too."""
     sequence_lengths: Tensor | None = None
     """Targets of each document that has any, in the order of the targets: (num_sequences,) int64, each at least 1."""
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else is known of each of them, by name: (num_sequences,) float64."""
     wanted: Tensor | None = None
     """Of labelled answers: whether each is wanted, (num_sequences,) bool."""
     num_wanted: int = 0
@@ -96,6 +100,7 @@ class ModelBatch:
             num_tokens=self.num_tokens,
             attention_pairs=self.attention_pairs,
             sequence_lengths=(None if self.sequence_lengths is None else self.sequence_lengths.to(device, non_blocking=True)),
+            numbers={name: value.to(device, non_blocking=True) for name, value in self.numbers.items()},
             wanted=None if self.wanted is None else self.wanted.to(device, non_blocking=True),
             num_wanted=self.num_wanted,
             ahead=None if self.ahead is None else self.ahead.to(device),

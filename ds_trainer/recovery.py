@@ -252,7 +252,8 @@ def as_now(written: dict[str, Any]) -> dict[str, Any]:
 
 def objective_identity(settings: RunSettings) -> dict[str, Any]:
     """The numbers of the objective, and the stage; not that of a language model, which earlier versions did not write down."""
-    numbers = {f"objective.{name}": value for name, value in numbers_of(settings).items()}
+    # Where the reference is computed does not change what it is.
+    numbers = {f"objective.{name}": value for name, value in numbers_of(settings).items() if name != "reference"}
     return numbers if settings.train.stage in ("pretrain", "sft") else {"stage": settings.train.stage, **numbers}
 
 

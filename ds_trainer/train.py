@@ -37,6 +37,7 @@ from ds_trainer.monitor.run_folder import RunFolder, environment
 from ds_trainer.monitor.signals import StopRequests
 from ds_trainer.monitor.watchdog import Watchdog
 from ds_trainer.out_of_memory import explained_memory
+from ds_trainer.precompute import attach_reference
 from ds_trainer.recovery import Saving, resume
 from ds_trainer.state import TrainState
 
@@ -88,6 +89,7 @@ def train(
         whereabouts.at("building the engine")
         engine = build(prepared, progress.say)
         counts.extend(parameter_counts(engine.model))
+        attach_reference(prepared, engine, progress.say)
         whereabouts.at("resuming")
         state = resume(prepared, engine, folder, progress.say)
         if launch.rank == 0:

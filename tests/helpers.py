@@ -98,7 +98,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Fill a folder with a tokenizer, 60 texts of very different length, 40 conversations and 40 pairs."""
+    """Fill a folder with a tokenizer, 60 texts of very different length, 40 conversations, 40 pairs, 80 labelled answers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -125,6 +125,12 @@ def write_corpus(folder: Path) -> None:
         for i in range(40)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    labelled = [
+        {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+        for pair in pairs
+        for name in ("chosen", "rejected")
+    ]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(each) + "\n" for each in labelled))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

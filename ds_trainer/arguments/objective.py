@@ -10,10 +10,10 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "pretrain": {"router_weight": None},
     "sft": {"router_weight": None},
     "reward": {},
-    "dpo": {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0},
+    "dpo": {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "reference": "held"},
     "orpo": {"odds_weight": 0.1},
     "simpo": {"beta": 2.0, "gamma": 1.0},
-    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "reference": "held"},
 }
 """Stage -> the settings of the section `objective` that it reads, with their defaults: those of the papers."""
 _ANSWERS = ("chosen", "rejected")
@@ -53,6 +53,11 @@ def goal_of(settings: RunSettings) -> str | None:
     assert settings.evaluate is not None
     known = [goal for name, goal in GOALS.items() if f"/{settings.evaluate.metric}".endswith(f"/{name}")]
     return settings.evaluate.goal or (known[0] if known else None)
+
+
+def reference_is_precomputed(settings: RunSettings) -> bool:
+    """Whether the run has a reference that is computed before its first step only."""
+    return numbers_of(settings).get("reference") == "precomputed"
 
 
 def reference_is_base(adapter: AdapterSection | None) -> bool:

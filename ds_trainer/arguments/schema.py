@@ -258,6 +258,9 @@ class ObjectiveSection(Section):
     beta: Annotated[float, Field(gt=0.0)] | None = None
     """dpo and kto: how much the policy is held to the reference, 0.1 by default. simpo: scale of the rewards, 2.0 by
     default."""
+    reference: Literal["held", "precomputed"] | None = None
+    """dpo and kto: `held` computes with the model before the run in each step, `precomputed` once before the first and keeps
+    what it found beside the tokens; `held` by default."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
     """dpo with `sigmoid` or `robust`: the share of the preferences that is expected to be wrong; 0 by default."""
     gamma: NonNegativeFloat | None = None

@@ -27,6 +27,10 @@ class BadRecordError(ValueError):
         """A few words by which records are counted, such as `invalid JSON`; they name no record and no value."""
 
 
+MARGIN_COUNT = "records with a margin"
+"""What they are called among the counts of a chunk, and of a store."""
+
+
 @dataclass(frozen=True, slots=True)
 class BadRecord:
     """A bad record, and where it stands. Picklable."""
@@ -87,6 +91,8 @@ class TokenizedChunk:
     """In the order of their lines."""
     kinds: NDArray[np.int8] | None = None
     """Of each document, as protocols names them; None: all are 0."""
+    margins: NDArray[np.float64] | None = None
+    """Of each document: that of its pair at the chosen one, 0 at the other; None where there are no pairs of rewards."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What else is worth telling: `blank lines`, `records with text like a control token`, ..."""
 
@@ -111,5 +117,6 @@ class TokenizedChunk:
             read=documents // together + len(bad),
             bad=bad,
             kinds=None if self.kinds is None else self.kinds[:documents],
+            margins=None if self.margins is None else self.margins[:documents],
             counts=self.counts,
         )

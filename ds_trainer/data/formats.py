@@ -6,6 +6,7 @@ Keys that hold null count as absent where they are optional: Arrow writes nulls 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -77,6 +78,8 @@ class Pair:
 
     chosen: Conversation
     rejected: Conversation
+    margin: float = 0.0
+    """By how much the chosen one is better, for a reward model; 0 where nobody said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +172,12 @@ def alpaca(record: Record) -> Conversation:
 
 
 def preference(record: Record) -> Pair:
-    """`{"prompt": ..., "chosen": ..., "rejected": ...}`: each a text or a list of messages.
+    """`{"prompt": ..., "chosen": ..., "rejected": ...}`: each a text or a list of messages; and a `margin`, if any.
 
     Answers that are lists may repeat the prompt. Without a prompt, the messages that both lists begin with are the prompt.
 
     Raises:
-        BadRecordError: a missing or empty part, equal answers, or answers to different prompts.
+        BadRecordError: a missing or empty part, equal answers, answers to different prompts, or a margin that is no number.
     """
     chosen, rejected = (_turns(record, key, _assistant) for key in ("chosen", "rejected"))
     if record.get("prompt") is not None or isinstance(record["chosen"], str) or isinstance(record["rejected"], str):
@@ -193,8 +196,16 @@ def preference(record: Record) -> Pair:
     if chosen == rejected:
         what = "`chosen` and `rejected` are equal, so there is nothing to prefer; remove the record"
         raise BadRecordError(Reason.EQUAL_ANSWERS, what)
+    margin = record.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)):
+        found = _kind(margin) if not isinstance(margin, float) else str(margin)
+        raise BadRecordError(Reason.WRONG_TYPE, f"`margin` is {found}; it must be a finite number, such as 0.5, or be left out")
     tools = _tools(record)
-    return Pair(_answered(prompt, chosen, tools, "chosen"), _answered(prompt, rejected, tools, "rejected"))
+    return Pair(
+        _answered(prompt, chosen, tools, "chosen"),
+        _answered(prompt, rejected, tools, "rejected"),
+        float(margin or 0.0),
+    )
 
 
 def kto(record: Record) -> Labelled:
@@ -245,7 +256,7 @@ FORMATS: dict[Format, FormatRule] = {
     "sharegpt": _rule(sharegpt, "sft", "conversations", "system tools"),
     "prompt_response": _rule(prompt_response, "sft", "prompt", either="response completion"),
     "alpaca": _rule(alpaca, "sft", "instruction output", "input system history"),
-    "preference": _rule(preference, "preference", "chosen rejected", "prompt tools"),
+    "preference": _rule(preference, "preference", "chosen rejected", "prompt tools margin"),
     "kto": _rule(kto, "kto", "prompt completion label", "tools"),
     "tokens": _rule(_tokens, "pretrain", ""),
 }

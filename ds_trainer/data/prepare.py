@@ -20,7 +20,7 @@ import numpy as np
 from ds_trainer import faults
 from ds_trainer.arguments.schema import DataSection, Source
 from ds_trainer.data.cache import build_once, describe_files, fingerprint
-from ds_trainer.data.chunks import BadRecord, Chunk, TokenizedChunk
+from ds_trainer.data.chunks import MARGIN_COUNT, BadRecord, Chunk, TokenizedChunk
 from ds_trainer.data.formats import FORMATS, Stage, documents_of
 from ds_trainer.data.lease import Lease
 from ds_trainer.data.pack import Overlong
@@ -229,6 +229,7 @@ def _prepare_store(
             "kind": source.kind,
             "max_samples": source.source.max_samples,
             "recipe": recipe.fingerprint_parts(),
+            **({"margins": 1} if recipe.stage == "reward" else {}),  # caches of before have none
         }
     )
     folder = cache_folder / f"tokens_{key}"
@@ -491,10 +492,12 @@ def summary(rows: TokenRows) -> str:
     lost = f" ({total('lost_tokens'):,} tokens lost)" if total("lost_tokens") else ""
     bad = sum(store["bad"] for store in stores)
     skipped = f"; {bad:,} bad {'record' if bad == 1 else 'records'} left out" if bad else ""
+    margins = sum(store["counts"].get(MARGIN_COUNT, 0) for store in stores)
+    apart = f"; {margins:,} {MARGIN_COUNT}" if margins else ""
     return (
         f"{total('documents'):,} samples of {sum(store['tokens'] for store in stores):,} tokens: {rows.num_rows:,} rows of "
         f"{rows.seq_len:,}, {rows.num_tokens / (rows.num_rows * rows.seq_len):.1%} filled, "
         f"{rows.num_targets / rows.num_tokens:.1%} of the tokens are targets; "
         f"{total('overlong_documents'):,} overlong {done}{lost}, "
-        f"{total('untrained_documents'):,} dropped without a target{skipped}"
+        f"{total('untrained_documents'):,} dropped without a target{skipped}{apart}"
     )

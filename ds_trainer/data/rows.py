@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,7 +78,8 @@ class Pool:
     def digest(self) -> bytes:
         """Changes with the tokens and with their arrangement; takes milliseconds."""
         digest = hashlib.sha256()
-        for file in (self._borders, self._segments, self._spans, *(store.file for store in self.stores)):
+        numbers = [file for store in self.stores for _, file in sorted(store.numbers.items())]
+        for file in (self._borders, self._segments, self._spans, *(store.file for store in self.stores), *numbers):
             digest.update(f"{file.size} ".encode())
             for start in np.linspace(0, max(0, file.size - _SAMPLE_BYTES), num=_SAMPLES, dtype=np.int64).tolist():
                 digest.update(file.read(start, min(_SAMPLE_BYTES, file.size)))
@@ -148,12 +149,17 @@ class TokenRows:
         Raises:
             DataError: a file of the cache cannot be read, or was cut.
         """
-        batch = Batch(len(rows), self.seq_len)
+        batch = Batch(len(rows), self.seq_len, {name for store in self.stores for name in store.numbers})
         for slot, row in enumerate(rows):
             if row is not None:
                 pool, own = self._place(row)
                 pool.read(own, slot, batch)
         return batch.finished()
+
+    @property
+    def stores(self) -> list[TokenStore]:
+        """The stores of all pools; one may be in several."""
+        return [store for pool in self.pools for store in pool.stores]
 
     def samples(self, row: int) -> list[tuple[TokenStore, int]]:
         """The store and the number of each document in a row, in the order of the row."""
@@ -171,13 +177,14 @@ class TokenRows:
 class Batch:
     """The arrays of a MicroBatch while they are filled; a slot that is not filled is the empty row."""
 
-    def __init__(self, rows: int, seq_len: int) -> None:
+    def __init__(self, rows: int, seq_len: int, numbers: Collection[str] = ()) -> None:
         self.input_ids = np.zeros((rows, seq_len), np.int64)
         self.labels = np.full((rows, seq_len), IGNORED, np.int64)
         self._places = _places(seq_len)
         self.position_ids = self._places[None].repeat(rows, axis=0)
         self.is_token = np.zeros((rows, seq_len), np.bool_)
         self._kinds: list[int] = []
+        self._numbers: dict[str, list[bytes]] = {name: [] for name in numbers}
 
     def fill(
         self,
@@ -190,8 +197,11 @@ class Batch:
         ids, labels, positions = self.input_ids[slot], self.labels[slot], self.position_ids[slot]
         tokens = np.empty(len(ids), stores[0].dtype)
         at = 0
-        for token, _, length, store in segments:
+        for token, document, length, store in segments:
             end = at + length
+            for name, found in self._numbers.items():
+                known = stores[store & _STORE].numbers.get(name)
+                found.append(known.read(8 * document, 8) if known else bytes(8))
             stores[store & _STORE].copy_tokens(token, tokens[at:end])
             self._kinds.append(store >> _KIND)
             positions[at:end] = self._places[:length]
@@ -210,6 +220,9 @@ class Batch:
             position_ids=torch.from_numpy(self.position_ids),
             is_token=torch.from_numpy(self.is_token),
             kinds=torch.tensor(self._kinds) if any(self._kinds) else None,
+            numbers={
+                name: torch.from_numpy(np.frombuffer(b"".join(found), "<f8").copy()) for name, found in self._numbers.items()
+            },
         )
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_trainer.data.chunks import TokenizedChunk
+from ds_trainer.data.chunks import MARGIN_COUNT, TokenizedChunk
 from ds_trainer.errors import DataError
 
 Ints = NDArray[np.int64]
@@ -33,7 +33,7 @@ _TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"
 _CODES = {name: code for code, name in _TYPES.items()}
 _BLOCK = 1 << 20
 
-_PARTS = ("tokens.bin", "lengths.bin", "spans.bin", "span_counts.bin", "lines.bin", "kinds.bin")
+_PARTS = ("tokens.bin", "lengths.bin", "spans.bin", "span_counts.bin", "lines.bin", "kinds.bin", "margins.bin")
 """What grows while a store is written, in this order."""
 
 
@@ -111,6 +111,8 @@ class Store:
     """Tokens of each document: (num_documents,)."""
     kinds: NDArray[np.int8] | None = None
     """Of each document, as protocols names them: (num_documents,); None: all are 0."""
+    numbers: dict[str, RandomFile]
+    """What else is known of each document, by name: files of (num_documents,) float64."""
     _spans: NDArray[np.int32] | None = None
     _span_offsets: Ints | None = None
 
@@ -146,6 +148,7 @@ class ChunkStore(Store):
 
     def __init__(self, chunks: Sequence[TokenizedChunk]) -> None:
         self._tokens = np.concatenate([chunk.tokens for chunk in chunks])
+        self.numbers = {}  # stages that have any do not stream
         self.dtype = self._tokens.dtype
         self.lengths = np.concatenate([chunk.lengths for chunk in chunks])
         self._first = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
@@ -189,6 +192,8 @@ class TokenStore(Store):
         self._lines = Mapped(folder / "lines.bin", "<i8").array
         if (folder / "kinds.bin").exists():
             self.kinds = Mapped(folder / "kinds.bin", "i1").array
+        has_margins = MARGIN_COUNT in self.meta.get("counts", {})
+        self.numbers = {"margin": RandomFile(folder / "margins.bin")} if has_margins else {}
 
     def first_tokens(self, documents: Ints) -> Ints:
         """Where these documents start in the tokens of all, laid end to end."""
@@ -279,7 +284,7 @@ class StoreWriter:
     def append(self, chunk: TokenizedChunk) -> None:
         """Write the documents of a chunk."""
         self.dtype = chunk.tokens.dtype.name
-        arrays = (chunk.tokens, chunk.lengths, chunk.spans, chunk.span_counts, chunk.lines, chunk.kinds)
+        arrays = (chunk.tokens, chunk.lengths, chunk.spans, chunk.span_counts, chunk.lines, chunk.kinds, chunk.margins)
         for name, values in zip(_PARTS, arrays, strict=True):
             if values is not None:
                 self._files[name].write(np.ascontiguousarray(values).data)
@@ -305,8 +310,9 @@ class StoreWriter:
             (self.folder / "spans.bin").unlink()
         for name in ("lengths.bin", "span_counts.bin"):
             (self.folder / name).unlink()
-        if not (self.folder / "kinds.bin").stat().st_size:
-            (self.folder / "kinds.bin").unlink()
+        for name in ("kinds.bin", "margins.bin"):
+            if not (self.folder / name).stat().st_size:
+                (self.folder / name).unlink()
 
     def close(self) -> None:
         """Close the files as they are."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from ds_trainer.data.chunks import BadRecord, BadRecordError, Chunk, TokenizedChunk
+from ds_trainer.data.chunks import MARGIN_COUNT, BadRecord, BadRecordError, Chunk, TokenizedChunk
 from ds_trainer.data.formats import FORMATS, Conversation, Format, Labelled, Pair, Reason, Stage, records_of
 from ds_trainer.data.readers import parse_chunk
 from ds_trainer.data.render import (
@@ -314,6 +314,7 @@ class ChunkTokenizer:
         assert recipe.template is not None
         work = _Work(chunk)
         items: list[tuple[int, Rendered]] = []
+        margins: list[float] = []
         for line, record in work.records():
             try:
                 pair = self._convert(rename(record, recipe.fields))
@@ -322,11 +323,13 @@ class ChunkTokenizer:
                     (line, render_conversation(each, recipe.template, recipe.special_tokens, control=self._control))
                     for each in (pair.chosen, pair.rejected)
                 ]
+                margins.append(pair.margin)
             except BadRecordError as error:
                 work.refuse(line, error)
         documents, spans = [], []
+        kept: list[float] = []
         encoded = self._in_order(work, items, _Encoder.ids_and_spans)
-        for (line, chosen), (_, rejected) in zip(encoded, encoded, strict=True):
+        for (line, chosen), (_, rejected), margin in zip(encoded, encoded, margins, strict=True):
             try:
                 both = self._targets_of_pair(chosen, rejected)
             except BadRecordError as error:
@@ -334,7 +337,10 @@ class ChunkTokenizer:
                 continue
             documents += [(line, ids.astype(recipe.dtype)) for ids, _ in both]
             spans += [found for _, found in both]
-        return work.done(documents, spans, recipe.dtype)
+            kept += [margin, 0.0]
+            work.counts[MARGIN_COUNT] += recipe.stage == "reward" and margin != 0.0
+        done = work.done(documents, spans, recipe.dtype)
+        return replace(done, margins=np.array(kept)) if recipe.stage == "reward" else done
 
     def _labelled(self, chunk: Chunk) -> TokenizedChunk:
         """Two documents for each record: its own, and its prompt with the answer of a later record of the chunk.

@@ -32,6 +32,7 @@ from ds_trainer.monitor.recorder import Recorder
 from ds_trainer.monitor.run_folder import RunFolder
 from ds_trainer.nonfinite import SHOWN
 from ds_trainer.out_of_memory import explained_memory
+from ds_trainer.precompute import attach_reference
 from ds_trainer.protocols import MicroBatch, ModelBatch
 from ds_trainer.recovery import resume
 from ds_trainer.run_data import read_windows, samples_of_rows
@@ -99,6 +100,7 @@ def debug(
     ):
         engine = build(prepared, say)
         counts.extend(parameter_counts(engine.model))
+        attach_reference(prepared, engine, say)
         if asked.checkpoint:
             weights = resume(prepared, engine, folder, say, other_precision=other_precision)
         windows = arranged_windows(prepared, engine, reading_from(prepared, weights, first), say)

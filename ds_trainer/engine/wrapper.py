@@ -5,7 +5,7 @@ What is DeepSpeed's way of doing things ends here: its scaling by accumulation s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,14 +93,23 @@ class Engine:
         if ahead is None:
             return batches
         batches = list(batches)
+        self._known = comm.sum_over_ranks(torch.stack([self.look_at(ahead, batch) for batch in batches]).sum(0))
+        return batches
+
+    def look_at(self, compute: Callable[[Any, ModelBatch], Tensor], batch: ModelBatch) -> Tensor:
+        """What a function makes of this engine and a batch, in evaluation mode and without gradients.
+
+        Args:
+            compute: calls the engine equally often on every rank.
+            batch: on the CPU or the engine's device.
+        """
         was_training = self.model.training
         self.train_mode(False)
         with torch.no_grad():
-            sums = torch.stack([ahead(self._engine, batch.to(self.device)) for batch in batches]).sum(0)
+            found = compute(self._engine, batch.to(self.device))
         self.train_mode(was_training)
         self._forget_passes()
-        self._known = comm.sum_over_ranks(sums)
-        return batches
+        return found
 
     def micro_step(self, batch: ModelBatch, units: Tensor) -> Tensor:
         """One forward and backward.

@@ -194,6 +194,7 @@ def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> Mod
     targets = labels.flatten()[target_positions]
     document = (positions.flatten() == 0).cumsum(0)[target_positions]
     sequence_lengths = document.unique_consecutive(return_counts=True)[1]
+    assert all(len(each) == len(sequence_lengths) for each in batch.numbers.values()), "each document has a target"
     return ModelBatch(
         inputs={
             "input_ids": pinned(input_ids),
@@ -206,6 +207,7 @@ def arrange(batch: MicroBatch, implementation: str, *, pin: bool = False) -> Mod
         num_tokens=batch.num_tokens,
         attention_pairs=int((batch.position_ids + 1)[batch.is_token].sum()),
         sequence_lengths=pinned(sequence_lengths),
+        numbers={name: pinned(each) for name, each in batch.numbers.items()},
     )
 
 
@@ -213,12 +215,14 @@ def _only(batch: MicroBatch, kinds: tuple[int, ...]) -> MicroBatch:
     """A micro-batch of its documents of some kinds; the others become padding, which layouts without padding leave out."""
     assert batch.kinds is not None
     document = ((batch.position_ids == 0) & batch.is_token).flatten().cumsum(0).reshape(batch.is_token.shape) - 1
-    kept = batch.is_token & torch.isin(batch.kinds, torch.tensor(kinds))[document.clamp(min=0)]
+    is_kept = torch.isin(batch.kinds, torch.tensor(kinds))
+    kept = batch.is_token & is_kept[document.clamp(min=0)]
     return MicroBatch(
         input_ids=batch.input_ids,
         labels=torch.where(kept, batch.labels, IGNORED),
         position_ids=batch.position_ids,
         is_token=kept,
+        numbers={name: each[is_kept] for name, each in batch.numbers.items()},
     )
 
 

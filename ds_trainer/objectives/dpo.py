@@ -63,8 +63,7 @@ def objective(reference: Reference, *, loss: Loss, beta: float, label_smoothing:
     def sums(engine: Callable[..., Tensor], batch: ModelBatch) -> LossSums:
         of_reference = reference(engine, batch)
         of_policy, entropies = log_probs_and_entropies(engine, batch)
-        # Target by target, so that two large sums need not cancel.
-        log_ratios = sums_of_sequences(of_policy - of_reference, batch)
+        log_ratios = (sums_of_sequences(of_policy.double(), batch) - of_reference).to(of_policy.dtype)
         assert batch.sequence_lengths is not None
         losses = pair_losses(log_ratios, batch.sequence_lengths, loss=loss, beta=beta, label_smoothing=label_smoothing)
         metrics = {

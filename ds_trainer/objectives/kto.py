@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_trainer.objectives.language_model import log_probs, log_probs_and_entropies
+from ds_trainer.objectives.language_model import log_probs_and_entropies
 from ds_trainer.objectives.pairs import entropy_metric, sums_of_sequences
-from ds_trainer.objectives.reference import Reference
+from ds_trainer.objectives.reference import Reference, log_probs_of_answers
 from ds_trainer.protocols import LossSums, MetricSums, ModelBatch, Objective
 
 
@@ -46,7 +46,7 @@ def objective(reference: Reference, *, beta: float, desirable_weight: float, und
 
     def look_ahead(engine: Callable[..., Tensor], batch: ModelBatch) -> Tensor:
         others = batch.ahead or batch  # a rank without rows still calls the model
-        log_ratios = sums_of_sequences(log_probs(engine, others) - reference(engine, others), others)
+        log_ratios = log_probs_of_answers(engine, others) - reference(engine, others)
         if others.wanted is None:
             return log_ratios.new_zeros(2)
         return torch.stack([(log_ratios * others.wanted).sum(), others.wanted.sum().to(log_ratios.dtype)])
@@ -56,7 +56,7 @@ def objective(reference: Reference, *, beta: float, desirable_weight: float, und
         divergence = (batch.known[0] / batch.known[1].clamp(min=1)).clamp(min=0)
         of_reference = reference(engine, batch)
         of_policy, entropies = log_probs_and_entropies(engine, batch)
-        log_ratios = sums_of_sequences(of_policy - of_reference, batch)
+        log_ratios = (sums_of_sequences(of_policy.double(), batch) - of_reference).to(of_policy.dtype)
         wanted = torch.zeros_like(log_ratios, dtype=torch.bool) if batch.wanted is None else batch.wanted
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
         losses = answer_losses(log_ratios, wanted, divergence, beta=beta, **weights)

@@ -1,4 +1,4 @@
-"""The model that a policy is compared with: what it was before the run, in one of two forms that compute the same."""
+"""The model that a policy is compared with: what it was before the run, in one of three forms that compute the same."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from ds_trainer.objectives.language_model import log_probs
+from ds_trainer.objectives.pairs import sums_of_sequences
 from ds_trainer.protocols import ModelBatch
 
 Reference = Callable[[Any, ModelBatch], Tensor]
-"""(engine of the policy, batch) -> the reference's log-probability of each target, (num_targets,) without a gradient."""
+"""(engine of the policy, batch) -> the reference's log-probability of each answer, (num_sequences,) float64 without a
+gradient."""
+SUMS = "reference"
+"""What those are called among the numbers of a batch, where they were computed before the run."""
 
 
 def adapter_off(engine: Any, batch: ModelBatch) -> Tensor:
@@ -24,7 +28,7 @@ def adapter_off(engine: Any, batch: ModelBatch) -> Tensor:
         batch: on the engine's device.
     """
     with torch.no_grad(), _evaluating(engine), engine.module.disable_adapter():
-        return log_probs(engine, batch)
+        return log_probs_of_answers(engine, batch)
 
 
 def copy(model: Callable[..., Tensor]) -> Reference:
@@ -32,9 +36,19 @@ def copy(model: Callable[..., Tensor]) -> Reference:
 
     def of_copy(engine: Any, batch: ModelBatch) -> Tensor:
         with torch.no_grad():
-            return log_probs(model, batch)
+            return log_probs_of_answers(model, batch)
 
     return of_copy
+
+
+def precomputed(engine: Any, batch: ModelBatch) -> Tensor:
+    """What was computed with the weights that the run began with; nothing is computed here."""
+    return batch.numbers[SUMS]
+
+
+def log_probs_of_answers(model: Callable[..., Tensor], batch: ModelBatch) -> Tensor:
+    """The log-probability of each answer, (num_sequences,) float64: two such sums may cancel."""
+    return sums_of_sequences(log_probs(model, batch).double(), batch)
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """A reward model: a value for a whole answer, larger for the chosen one of a pair.
 
-    loss of a step = sum over all pairs of the global batch of -log s(r(chosen) - r(rejected)) / number of pairs
+    loss of a step = sum over all pairs of the global batch of -log s(r(chosen) - r(rejected) - m) / number of pairs
 
+m is the pair's margin, 0 where its record has none: pairs that differ more are to be further apart.
 The value is what the head makes of the state at the last token of prompt and answer that is no padding, as transformers'
 classes for sequence classification have it, so that an export is one of those. Each answer has one target: that token.
-Source: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", eq. 1.
+Sources: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", eq. 1; Touvron et al. 2023,
+"Llama 2", eq. 2 (the margin).
 """
 
 from __future__ import annotations
@@ -57,15 +59,17 @@ def attach(model: Any) -> str:
     return "a value head on the last token of each answer"
 
 
-def pair_losses(values: Tensor) -> Tensor:
-    """The loss of each pair, (num_pairs,), from the values (num_sequences,)."""
+def pair_losses(values: Tensor, margins: Tensor | None = None) -> Tensor:
+    """The loss of each pair, (num_pairs,), from the values (num_sequences,) and the margins (num_pairs,)."""
     chosen, rejected = chosen_and_rejected(values)
-    return -nn.functional.logsigmoid(chosen - rejected)
+    return -nn.functional.logsigmoid(chosen - rejected if margins is None else chosen - rejected - margins)
 
 
 def _sums(engine: Callable[..., Tensor], batch: ModelBatch) -> LossSums:
     values = engine(**batch.inputs, target_positions=batch.target_positions, targets=batch.targets)
-    return LossSums(pair_losses(values).sum().reshape(1), reward_metrics(*chosen_and_rejected(values.detach())))
+    margins = batch.numbers.get("margin")
+    losses = pair_losses(values, None if margins is None else margins[0::2].to(values.dtype))
+    return LossSums(losses.sum().reshape(1), reward_metrics(*chosen_and_rejected(values.detach())))
 
 
 BRADLEY_TERRY = Objective(sums=_sums, units=lambda batch: (num_pairs(batch),))

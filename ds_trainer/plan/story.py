@@ -13,7 +13,7 @@ from pathlib import Path
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.engine_config import build_engine_config, hidden_size_of, optimizer_kind, solve_run_batch
 from ds_trainer.arguments.merge import Resolved, resolve
-from ds_trainer.arguments.objective import REFERENCE_STAGES, reference_is_base
+from ds_trainer.arguments.objective import REFERENCE_STAGES, reference_is_base, reference_is_precomputed
 from ds_trainer.engine.optim import require_trained
 from ds_trainer.errors import ModelError, RefusedError
 from ds_trainer.model import load
@@ -164,7 +164,9 @@ def make_plan(request: Request) -> Plan:
         shape=shape,
         holding=holding,
         memory=memory,
-        traffic=step_traffic(shape, holding, reference=settings.train.stage in REFERENCE_STAGES),
+        traffic=step_traffic(
+            shape, holding, reference=settings.train.stage in REFERENCE_STAGES and not reference_is_precomputed(settings)
+        ),
         length=length,
         flops=flops_per_step(shape, positions=length.positions_per_step, seq_len=settings.data.seq_len),
         notes=(
@@ -180,13 +182,20 @@ def _notes_on_pairs(resolved: Resolved) -> list[str]:
     settings = resolved.settings
     if has_reference(resolved):
         stage = settings.train.stage
-        return [f"train.stage = {stage} keeps a frozen copy of the model as its reference; with a new adapter it takes nothing"]
+        return [
+            f"train.stage = {stage} keeps a frozen copy of the model as its reference; a new adapter or objective.reference = "
+            "precomputed needs none"
+        ]
+    if reference_is_precomputed(settings):
+        return ["one forward pass over all the data, before the first step of the first start, is not counted: the reference"]
     return []
 
 
 def has_reference(resolved: Resolved) -> bool:
     """Whether the run holds a second model, which it only computes with."""
-    return resolved.settings.train.stage in REFERENCE_STAGES and not reference_is_base(resolved.settings.adapter)
+    settings = resolved.settings
+    needed = settings.train.stage in REFERENCE_STAGES and not reference_is_precomputed(settings)
+    return needed and not reference_is_base(settings.adapter)
 
 
 def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str) -> list[str]:

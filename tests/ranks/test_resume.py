@@ -49,10 +49,12 @@ def states(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "trains"), [("zero2", "pretrain"), ("zero3", "pretrain"), ("zero2", "dpo"), ("zero3", "reward")]
+    ("stage", "trains"),
+    [("zero2", "pretrain"), ("zero3", "pretrain"), ("zero2", "dpo"), ("zero3", "reward"), ("zero2", "kto")],
 )
 def test_resume_equals_the_uninterrupted_run(run_file, corpus, tmp_path, stage, trains):
-    pairs = {"data": {"sources": [{"path": str(corpus / "pairs.jsonl")}], "seq_len": 64}} if trains != "pretrain" else {}
+    file = corpus / ("labelled.jsonl" if trains == "kto" else "pairs.jsonl")
+    pairs = {"data": {"sources": [{"path": str(file)}], "seq_len": 64}} if trains != "pretrain" else {}
     config = run_file(
         "whole",
         train={"stage": trains, "max_steps": 6, "schedule": "cosine", "warmup_steps": 2},

@@ -29,7 +29,7 @@ STORIES = {
         "doctor",
         "plan",
     ),
-    *("endings", "out_of_memory"),
+    *("endings", "out_of_memory", "precompute"),
 }
 TOP = {"cli", "__main__", "__init__"}
 HEAVY = {"torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers"}

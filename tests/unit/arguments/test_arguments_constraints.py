@@ -40,6 +40,11 @@ EXAMPLES = {
         '"label_smoothing":',
         run(objective__label_smoothing=0.2, train__stage="dpo"),
     ),
+    "reference_is_of_the_objective": (
+        run(objective__reference="precomputed"),
+        '"reference":',
+        run(objective__reference="precomputed", train__stage="kto"),
+    ),
     "gamma_is_of_the_objective": (
         run(objective__gamma=0.2, train__stage="dpo"),
         '"gamma":',

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -200,6 +201,9 @@ REFUSED = [
     ("preference", {"chosen": "b", "rejected": "c"}, Reason.MISSING_KEY, "`prompt` is missing"),
     ("preference", {"prompt": " ", "chosen": "b", "rejected": "c"}, Reason.EMPTY_PROMPT, "`prompt` is empty"),
     ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, Reason.EQUAL_ANSWERS, "are equal"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, Reason.WRONG_TYPE, "`margin` is text; it"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, Reason.WRONG_TYPE, "is true or false"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.nan}, Reason.WRONG_TYPE, "`margin` is nan"),
     ("preference", {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, Reason.EQUAL_ANSWERS, "are equal"),
     ("preference", {"prompt": "a", "chosen": "", "rejected": "b"}, Reason.EMPTY_ANSWER, "message 2, the assistant's, is empty"),
     ("preference", {"prompt": [USER], "chosen": [USER], "rejected": "b"}, Reason.EMPTY_ANSWER, "`chosen` is empty"),

@@ -171,7 +171,15 @@ def test_writing_goes_on_from_the_sizes_of_a_sync_as_if_nothing_had_happened(tmp
     sizes = second.sync()
     second.append(chunks[0])
     second.close()
-    bytes_a_chunk = {"tokens.bin": 6, "lengths.bin": 8, "spans.bin": 8, "span_counts.bin": 8, "lines.bin": 16, "kinds.bin": 0}
+    bytes_a_chunk = {
+        "tokens.bin": 6,
+        "lengths.bin": 8,
+        "spans.bin": 8,
+        "span_counts.bin": 8,
+        "lines.bin": 16,
+        "kinds.bin": 0,
+        "margins.bin": 0,
+    }
     assert sizes == {name: 4 * size for name, size in bytes_a_chunk.items()}
     last = StoreWriter(folder, sizes)
     for chunk in chunks[4:]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ds_trainer.objectives import kto
+from ds_trainer.objectives.pairs import sums_of_sequences
 from ds_trainer.protocols import ModelBatch
 
 NUMBERS = {"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.7}
@@ -36,11 +37,11 @@ def test_loss_and_gradient_by_the_formula(monkeypatch, shift):
     own = torch.randn(10, generator=generator, dtype=torch.float64, requires_grad=True)
     others = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
     reference = {10: torch.randn(10, generator=generator, dtype=torch.float64), 7: others.detach() - shift}
-    monkeypatch.setattr(kto, "log_probs", lambda engine, batch: others)
+    monkeypatch.setattr(kto, "log_probs_of_answers", lambda engine, batch: sums_of_sequences(others, batch))
     monkeypatch.setattr(kto, "log_probs_and_entropies", lambda engine, batch: (own, torch.full((10,), 2.5)))
     ahead = batch_of([3, 4], [True, True])
     batch = batch_of([2, 5, 3], [True, False, True], ahead)
-    objective = kto.objective(lambda engine, batch: reference[batch.num_targets], **NUMBERS)
+    objective = kto.objective(lambda engine, batch: sums_of_sequences(reference[batch.num_targets], batch), **NUMBERS)
     known = objective.look_ahead(None, batch)
     assert known.tolist() == pytest.approx([7 * shift, 2])
     found = objective.sums(None, replace(batch, known=known.detach()))
@@ -67,9 +68,10 @@ def test_loss_and_gradient_by_the_formula(monkeypatch, shift):
 
 
 def test_answers_without_another_do_not_count_and_a_rank_without_rows_takes_part(monkeypatch):
-    monkeypatch.setattr(kto, "log_probs", lambda engine, batch: torch.arange(batch.num_targets, dtype=torch.float32))
+    each = torch.arange(5, dtype=torch.float64)
+    monkeypatch.setattr(kto, "log_probs_of_answers", lambda engine, batch: sums_of_sequences(each[: batch.num_targets], batch))
     monkeypatch.setattr(kto, "log_probs_and_entropies", lambda engine, batch: (torch.zeros(0), torch.zeros(0)))
-    objective = kto.objective(lambda engine, batch: torch.zeros(batch.num_targets), **NUMBERS)
+    objective = kto.objective(lambda engine, batch: torch.zeros(batch.num_sequences, dtype=torch.float64), **NUMBERS)
     ahead = batch_of([2, 3], [False, True])
     assert objective.look_ahead(None, batch_of([1, 1], [True, True], ahead)).tolist() == [9.0, 1.0]
     empty = replace(batch_of([], []), wanted=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,8 @@ def test_simpo_orpo_and_reward_are_their_formulas_in_float64():
     found = orpo.pair_losses(means)
     assert found.tolist() == pytest.approx([-math.log(sigma(math.log(odds(c) / odds(r)))) for c, r in couples], abs=1e-12)
     assert reward.pair_losses(means).tolist() == pytest.approx([-math.log(sigma(c - r)) for c, r in couples], abs=1e-12)
+    further = [-math.log(sigma(c - r - 0.7)) for c, r in couples]
+    assert reward.pair_losses(means, torch.full((len(couples),), 0.7)).tolist() == pytest.approx(further, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -194,6 +197,9 @@ def test_a_value_is_that_of_transformers_own_class_on_each_answer_alone():
     assert float(found.terms) == pytest.approx(expected, abs=1e-6)
     assert float(found.metrics["rewards/chosen"][0]) == pytest.approx(alone[0] + alone[2], abs=1e-6)
     assert reward.BRADLEY_TERRY.units(batch) == (2,)
+    apart = replace(batch, numbers={"margin": torch.tensor([0.5, 0.0, 2.0, 0.0], dtype=torch.float64)})
+    expected = -sum(math.log(1 / (1 + math.exp(-(alone[i] - alone[i + 1] - m)))) for i, m in ((0, 0.5), (2, 2.0)))
+    assert float(reward.BRADLEY_TERRY.sums(model, apart).terms) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_rank_without_rows_gives_zero_with_a_gradient_and_the_same_names():
@@ -226,7 +232,7 @@ def test_sums_of_sequences_are_exact_where_fp32_would_lose_them():
     assert values.grad.tolist() == [2.0, 2.0, 2.0, 3.0]
 
 
-def test_the_base_of_an_adapter_is_the_reference_that_a_frozen_copy_is_and_dropout_leaves_both_alone():
+def test_the_three_kinds_of_reference_are_one_and_dropout_leaves_them_alone():
     from ds_trainer.arguments.schema import AdapterSection, LoraSection
     from ds_trainer.model.adapter import add_adapter, base_of
 
@@ -240,8 +246,8 @@ def test_the_base_of_an_adapter_is_the_reference_that_a_frozen_copy_is_and_dropo
         def forward(self, **inputs):
             return self.module(**inputs)
 
-    adapted, copied = (add_adapter(build().float(), AdapterSection(lora=LoraSection(dropout=0.5)), 0) for _ in range(2))
-    for each in (adapted, copied):
+    adapted, copied, third = (add_adapter(build().float(), AdapterSection(lora=LoraSection(dropout=0.5)), 0) for _ in range(3))
+    for each in (adapted, copied, third):
         with torch.no_grad():
             for name, value in each.named_parameters():
                 if "lora_B" in name:
@@ -251,13 +257,15 @@ def test_the_base_of_an_adapter_is_the_reference_that_a_frozen_copy_is_and_dropo
     language_model.attach(frozen, chunked=True)
     batch = attention.arrange(micro_batch(DOCUMENTS, 24), "documents")
     losses = []
-    for model, kind in ((adapted, reference.adapter_off), (copied, reference.copy(frozen))):
+    known = replace(batch, numbers={reference.SUMS: reference.log_probs_of_answers(frozen, batch).detach()})
+    kinds = ((adapted, reference.adapter_off), (copied, reference.copy(frozen)), (third, reference.precomputed))
+    for model, kind in kinds:
         model.train()
         torch.manual_seed(3)
         objective = dpo.objective(kind, loss="sigmoid", beta=0.5, label_smoothing=0.0)
-        found = objective.sums(Engine(model), batch)
+        found = objective.sums(Engine(model), known)
         found.terms.sum().backward()
         losses.append([float(found.terms), *(float(each.grad.norm()) for each in model.parameters() if each.grad is not None)])
         assert model.training
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
     assert abs(losses[0][0] - 2 * math.log(2)) > 1e-2, "the adapter must matter, or the test says nothing"
