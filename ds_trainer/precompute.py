@@ -6,6 +6,7 @@ model is built for it, and none is computed with in a step.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ds_trainer import comm, whereabouts
 from ds_trainer.arguments.objective import reference_is_base, reference_is_precomputed
@@ -28,7 +30,8 @@ from ds_trainer.data.store import RandomFile, TokenStore
 from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import DataError, ModelError
 from ds_trainer.model import attention, load
-from ds_trainer.objectives.reference import SUMS, Reference, adapter_off, log_probs_of_answers
+from ds_trainer.objectives.reference import SUMS, adapter_off, log_probs_of_answers
+from ds_trainer.protocols import ModelBatch
 from ds_trainer.recovery import config_digest
 from ds_trainer.run_data import cache_folder_of
 
@@ -49,7 +52,7 @@ def attach_reference(prepared: Prepared, engine: Engine, report: Report) -> None
 
     Raises:
         ModelError: the reference computes numbers that are not finite.
-        DataError: a file cannot be written.
+        DataError: a file cannot be written, or holds numbers that this model does not compute.
     """
     settings, data = prepared.resolved.settings, prepared.data
     if not reference_is_precomputed(settings):
@@ -59,7 +62,9 @@ def attach_reference(prepared: Prepared, engine: Engine, report: Report) -> None
     assert data.rows  # pairs are not streamed
     for name, rows in ({"the training data": data.rows} | held_out).items():
         files = {store: reference_file(prepared, key, rows, store) for store in rows.stores}
-        if comm.largest(int(not all(has_all(path, store) for store, path in files.items()))):
+        names = ", ".join(sorted({str(path) for path in files.values()}))
+        missing = comm.largest(int(not all(has_all(path, store) for store, path in files.items())))
+        if missing:
             report(f"reference: computing its log-probabilities of {name}, {rows.num_rows:,} rows, once and for all starts")
             values = compute(prepared, engine, rows, report)
             for store, path in files.items():
@@ -70,7 +75,8 @@ def attach_reference(prepared: Prepared, engine: Engine, report: Report) -> None
                     write(path, values[store.folder.name])
         for store, path in files.items():
             store.numbers[SUMS] = RandomFile(path)
-        names = ", ".join(sorted({str(path) for path in files.values()}))
+        if not missing:
+            require_same(prepared, engine, rows, names)
         report(f"reference: its log-probabilities of {name} are in {names}; no step computes with it")
 
 
@@ -102,30 +108,18 @@ def reference_file(prepared: Prepared, key: Mapping[str, Any], rows: TokenRows, 
 
 def compute(prepared: Prepared, engine: Engine, rows: TokenRows, report: Report) -> Values:
     """What the reference makes of every document of all rows, shared out among the ranks. Collective."""
-    base = reference_is_base(prepared.resolved.settings.adapter)
-    reference: Reference = adapter_off if base else log_probs_of_answers
-    micro_batch_size = prepared.batch.micro_batch_size
     values = {store.folder.name: np.zeros(store.num_documents) for store in rows.stores}
     seen = {name: np.zeros(len(each)) for name, each in values.items()}
-    ranks = engine.data_parallel_size
-    batches = positions_of_window(
-        0,
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=-(-rows.num_rows // (micro_batch_size * ranks)),
-        rank=comm.rank(),
-        data_parallel_size=ranks,
-    )
+    batches = -(-rows.num_rows // (prepared.batch.micro_batch_size * engine.data_parallel_size))
     begun = said = time.monotonic()
-    for done, positions in enumerate(batches, start=1):
+    for done, own in enumerate(shared_out(prepared, engine, rows, batches), start=1):
         whereabouts.at("computing the reference")
-        own = [position if position < rows.num_rows else None for position in positions]
-        batch = replace(rows.read(own), kinds=None)  # all documents at once, whatever they are compared with
-        sums = engine.look_at(reference, attention.arrange(batch, prepared.attention)).tolist()
+        sums = sums_of(prepared, engine, read(prepared, rows, own)).tolist()
         documents = [sample for position in own if position is not None for sample in rows.samples(position)]
         for (store, document), value in zip(documents, sums, strict=True):
             values[store.folder.name][document], seen[store.folder.name][document] = value, 1.0
         if (now := time.monotonic()) - said > _SAY_SECONDS:
-            said, share = now, done / len(batches)
+            said, share = now, done / batches
             report(f"reference: {share:.0%}, {(now - begun) * (1 - share) / share:,.0f} s left")
     for name in sorted(values):
         total, count = (comm.sum_over_ranks(torch.from_numpy(each[name]).to(engine.device)).cpu() for each in (values, seen))
@@ -136,6 +130,47 @@ def compute(prepared: Prepared, engine: Engine, rows: TokenRows, report: Report)
             )
         values[name] = (total / count).numpy()  # a document of two pools is in rows of both; NaN where it is in none
     return values
+
+
+def require_same(prepared: Prepared, engine: Engine, rows: TokenRows, names: str) -> None:
+    """Refuse numbers that an earlier start kept and this model does not compute: a micro-batch a rank tells. Collective.
+
+    Raises:
+        DataError: with how far they are off.
+    """
+    (own,) = shared_out(prepared, engine, rows, 1)
+    batch = read(prepared, rows, own)
+    found, kept = sums_of(prepared, engine, batch).cpu(), batch.numbers[SUMS]
+    off = float(((found - kept).abs() / (1 + kept.abs())).max()) if len(kept) else 0.0
+    worst = max(comm.gather_objects(math.inf if math.isnan(off) else off))
+    if worst > (1e-3 if prepared.resolved.settings.train.precision == "fp32" else 5e-2):
+        raise DataError(
+            f"{names}: the reference's log-probabilities that an earlier start kept are not those of this model (off by "
+            f"{worst:.1e} of their size). Remove the file, and the same command computes them anew."
+        )
+
+
+def shared_out(prepared: Prepared, engine: Engine, rows: TokenRows, batches: int) -> list[list[int | None]]:
+    """The rows that this rank reads in each of so many micro-batches, from the first row on; None is the empty row."""
+    positions = positions_of_window(
+        0,
+        micro_batch_size=prepared.batch.micro_batch_size,
+        gradient_accumulation_steps=batches,
+        rank=comm.rank(),
+        data_parallel_size=engine.data_parallel_size,
+    )
+    return [[each if each < rows.num_rows else None for each in some] for some in positions]
+
+
+def read(prepared: Prepared, rows: TokenRows, own: list[int | None]) -> ModelBatch:
+    """Rows as the model takes them: all documents at once, whatever they are compared with."""
+    return attention.arrange(replace(rows.read(own), kinds=None), prepared.attention)
+
+
+def sums_of(prepared: Prepared, engine: Engine, batch: ModelBatch) -> Tensor:
+    """What the model before the run makes of each document of a batch. Collective under ZeRO-3."""
+    base = reference_is_base(prepared.resolved.settings.adapter)
+    return engine.look_at(adapter_off if base else log_probs_of_answers, batch)
 
 
 def has_all(path: Path, store: TokenStore) -> bool:

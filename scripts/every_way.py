@@ -40,10 +40,14 @@ ADAPTERS = {
     "ia3": {"ia3": {}},
     "vera": {"vera": {"rank": 64}},
     "oft": {"oft": {"block_size": 32}},
+    "modules_to_save": {"lora": {"rank": 8, "modules_to_save": ["mlp.down_proj"], "target_modules": ["q_proj", "v_proj"]}},
+    "path": {"lora": {"path": str(WORK / "adapter")}},
 }
+"""The last goes on from what `sft with lora` exported."""
+PRECOMPUTED = {"reference": "precomputed"}
 
 
-def run_file(stage: str, adapter: dict | None, folder: Path) -> Path:
+def run_file(stage: str, adapter: dict | None, objective: dict | None, folder: Path) -> Path:
     run = {
         "model": {"path": str(BASE)},
         "data": {"sources": [{"path": str(CORPUS / f"{FILES.get(stage, 'preferences_train')}.jsonl")}], "seq_len": 512},
@@ -59,14 +63,15 @@ def run_file(stage: str, adapter: dict | None, folder: Path) -> Path:
         "checkpoint": {"folder": str(folder / "run")},
         "monitor": {"log_every_steps": 1},
         **({"adapter": adapter} if adapter else {}),
+        **({"objective": objective} if objective else {}),
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     return path
 
 
-def commands(stage: str, adapter: dict | None, folder: Path) -> dict[str, list[str]]:
-    config = ["--config", str(run_file(stage, adapter, folder))]
+def commands(stage: str, adapter: dict | None, objective: dict | None, folder: Path) -> dict[str, list[str]]:
+    config = ["--config", str(run_file(stage, adapter, objective, folder))]
     zero3, zero2 = (["--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in (3, 2))
     program = [sys.executable, "-m", "ds_trainer"]
     run = str(folder / "run")
@@ -83,14 +88,14 @@ def commands(stage: str, adapter: dict | None, folder: Path) -> dict[str, list[s
     return found
 
 
-def row(stage: str, adapter: dict | None) -> dict[str, str]:
+def row(stage: str, adapter: dict | None, objective: dict | None = None) -> dict[str, str]:
     """What each command came to: "yes", or its last words."""
     folder = WORK / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options: dict = {"cwd": WORK, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdin": subprocess.DEVNULL, "timeout": 300}
     found = {}
-    for name, command in commands(stage, adapter, folder).items():
+    for name, command in commands(stage, adapter, objective, folder).items():
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         text = done.stdout + done.stderr
         went_on = name != "deepspeed" or "RESUMING from" in text
@@ -99,7 +104,9 @@ def row(stage: str, adapter: dict | None) -> dict[str, str]:
             continue
         said = re.findall(r"^ds_trainer: .*(?:\n  .*)*", text, re.MULTILINE)
         found[name] = f"code {done.returncode}: {said[0] if said else text[-1500:]}"
-        break
+        return found
+    if (stage, adapter) == ("sft", ADAPTERS["lora"]):
+        shutil.copytree(folder / "export", ADAPTERS["path"]["lora"]["path"], dirs_exist_ok=True)
     return found
 
 
@@ -109,16 +116,18 @@ def main() -> None:
     only = parser.parse_args().only
     if not BASE.is_dir():
         sys.exit(f"{BASE} is not there; run scripts/quickstart.sh first")
-    cases = {stage: (stage, None) for stage in STAGES}
+    cases: dict[str, tuple] = {stage: (stage, None) for stage in STAGES}
     cases |= {f"{stage} with LoRA": (stage, ADAPTERS["lora"]) for stage in STAGES if stage not in ("pretrain", "sft")}
     cases |= {f"sft with {name}": ("sft", adapter) for name, adapter in ADAPTERS.items()}
     cases |= {f"dpo with {name}": ("dpo", ADAPTERS[name]) for name in ("pissa", "freeze", "ia3")}
+    cases |= {f"{stage} precomputed": (stage, None, PRECOMPUTED) for stage in ("dpo", "kto")}
+    cases["dpo with lora precomputed"] = ("dpo", ADAPTERS["lora"], PRECOMPUTED)
     cases = {name: case for name, case in cases.items() if not only or any(word in name.split() for word in only)}
     rows = {}
-    for name, (stage, adapter) in cases.items():
+    for name, case in cases.items():
         begun = time.monotonic()
-        rows[name] = row(stage, adapter)
-        print(f"{name:20} {time.monotonic() - begun:4.0f} s  {rows[name]}", flush=True)
+        rows[name] = row(*case)
+        print(f"{name:26} {time.monotonic() - begun:4.0f} s  {rows[name]}", flush=True)
     shutil.rmtree(WORK, ignore_errors=True)
     failed = [name for name, each in rows.items() if set(each.values()) != {"yes"}]
     path = ROOT / "docs" / "bench" / "every_way.json"

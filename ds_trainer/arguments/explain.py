@@ -34,6 +34,8 @@ ALIASES = {
     "neftune_noise_alpha": "train.neftune_alpha",
     "router_aux_loss_coef": "objective.router_weight",
     "loss_type": "objective.loss",
+    "precompute_ref_log_probs": "objective.reference: precomputed",
+    "full_determinism": "train.deterministic",
     "simpo_gamma": "objective.gamma",
     "save_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep_last",

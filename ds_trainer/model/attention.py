@@ -143,9 +143,8 @@ def _varlen() -> Any:
     takes = inspect.signature(varlen_attn).parameters
     if "window_size" not in takes:
         return None
-    grouped: dict[str, Any] = (
-        {"enable_gqa": True} if "enable_gqa" in takes else {}
-    )  # torch 2.11 takes fewer keys than queries unasked
+    # torch 2.11 takes fewer keys than queries unasked.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in takes else {}
     return partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 

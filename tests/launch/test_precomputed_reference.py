@@ -60,4 +60,9 @@ def test_every_kind_of_reference_gives_the_same_losses(run_file, corpus, tmp_pat
         assert text.count("computing its log-probabilities of the training data") == 1
         assert "frozen copy" not in text
     assert "computing its log-probabilities" not in done["goes on"].text
+    for path in (tmp_path / "data_cache").glob("reference_*.bin"):
+        path.write_bytes(bytes(path.stat().st_size))
+    refused = run_all({"changed": Command(again, ranks=2)}, tmp_path)["changed"]
+    assert refused.codes == [3, 3], refused.text
+    assert "are not those of this model (off by" in refused.text
     assert "computing its log-probabilities" in done["other weights"].text
