@@ -68,7 +68,7 @@ def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
     Scores of an attention that holds them (a batched product, `bmm`) are dear to keep, and computed again.
     """
     name = operation.name()
-    dear = name in ("aten::mm", "aten::addmm") or "attention" in name
+    dear = name in ("aten::mm", "aten::addmm") or "attention" in name or name == "torch_attn::_varlen_attn"
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AutoConfig
 
 from ds_trainer.arguments.schema import AdapterSection, LoraSection
 from ds_trainer.errors import ModelError
-from ds_trainer.model import load
+from ds_trainer.model import load, stack
 from ds_trainer.model.adapter import add_adapter
 
 FIELDS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -62,3 +63,20 @@ def test_layers_that_cannot_be_told_apart_are_refused_in_words(monkeypatch):
     monkeypatch.setattr("ds_trainer.model.stack.decoder_layers", lambda model: None)
     with pytest.raises(ModelError, match=r"cannot be told apart\. Write `true`"):
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=2, seed=0)
+
+
+def test_selective_keeps_the_attention_kernels_of_a_gpu():
+    from torch.nn.attention import varlen  # registers its operation
+
+    assert varlen.varlen_attn
+    aten = torch.ops.aten
+    kept = (
+        torch.ops.torch_attn._varlen_attn,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten.mm,
+    )
+    for operation in kept:
+        assert stack._keep_products(None, operation.default) == CheckpointPolicy.MUST_SAVE, operation
+    assert stack._keep_products(None, aten.mul.Tensor) == CheckpointPolicy.PREFER_RECOMPUTE
