@@ -38,6 +38,11 @@ def given() -> tuple[dict[str, Any], torch.Tensor]:
     return {"lengths": lengths, "mask": mask, "policy": policy, "reference": reference, "values": values}, wanted
 
 
+def margins() -> torch.Tensor:
+    """By how much each chosen answer is better."""
+    return torch.linspace(-0.5, 2.0, PAIRS, dtype=torch.float64)
+
+
 def ours() -> dict[str, float]:
     from ds_trainer.objectives import dpo, kto, orpo, reward, simpo
 
@@ -54,6 +59,7 @@ def ours() -> dict[str, float]:
     weights = {"desirable_weight": DESIRABLE, "undesirable_weight": UNDESIRABLE}
     found["kto"] = kto.answer_losses(ratios[0::2], wanted, divergence, beta=BETA, **weights)
     found["reward"] = reward.pair_losses(data["values"])
+    found["reward with margins"] = reward.pair_losses(data["values"], margins())
     return {name: float(each.mean()) for name, each in found.items()}
 
 
@@ -107,7 +113,9 @@ def trls() -> dict[str, float]:
     trainer = SimpleNamespace(**owner, _metrics=defaultdict(dict), args=SimpleNamespace(center_rewards_coefficient=None))
     trainer._metrics = defaultdict(lambda: defaultdict(list))
     output = SimpleNamespace(logits=data["values"][:, None])
-    found["reward"] = float(RewardTrainer.compute_loss(trainer, lambda **_: output, {"attention_mask": torch.ones(1)}))
+    for name, more in (("reward", {}), ("reward with margins", {"margin": margins()})):
+        inputs = {"attention_mask": torch.ones(1), **more}
+        found[name] = float(RewardTrainer.compute_loss(trainer, lambda output=output, **_: output, inputs))
     return found
 
 
