@@ -50,6 +50,12 @@ _LEFT_ALONE = (
 _ending = threading.Lock()
 
 
+_NOT_DETERMINISTIC = (
+    "train.deterministic allows no such operation: leave the setting out. (`verify --resume` sets it, since without it a GPU "
+    "computes other last bits each time: with this operation a resume cannot be proved there.)"
+)
+
+
 def run_in_folder(
     resolved: Resolved,
     launch: Launch,
@@ -249,4 +255,6 @@ def _in_words(error: BaseException) -> str:
     text = f"{type(error).__name__}: {str(error)[:500]}"
     if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
         return f"{_LEFT_ALONE}\n({text.splitlines()[0]})"
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
+        return f"{text.partition(', but you set')[0]}. {_NOT_DETERMINISTIC}"
     return f"{text}\n({frame.filename}:{frame.lineno}, in {frame.name})"
