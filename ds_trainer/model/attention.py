@@ -113,7 +113,7 @@ def _document_attention(
     if short and document_bounds is not None and dropout == 0.0 and _fits_varlen(query):
         heads_last = (each[0].transpose(0, 1) for each in (query, key, value))
         longest = max(lengths)
-        packed: Tensor = _varlen()(*heads_last, document_bounds, document_bounds, longest, longest, scale=scaling)
+        packed: Tensor = _varlen(query.device)(*heads_last, document_bounds, document_bounds, longest, longest, scale=scaling)
         return packed[None], None
     grouped = query.shape[1] != key.shape[1]
     outputs = [
@@ -132,12 +132,18 @@ def _fits_varlen(query: Tensor) -> bool:
     """
     size = query.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and size % 8 == 0 and size <= 256 and _varlen() is not None
+    return query.is_cuda and half and size % 8 == 0 and size <= 256 and _varlen(query.device) is not None
 
 
 @cache
-def _varlen() -> Any:
-    """The attention of torch for packed documents, causal in each; None before torch 2.11, where it cannot scale the scores."""
+def _varlen(device: torch.device) -> Any:
+    """The attention of torch for packed documents, causal in each.
+
+    None before torch 2.11, where it cannot scale the scores; and on devices that have no flash attention: it takes Ampere.
+    """
+    too_old = torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0)
+    if too_old or not importlib.util.find_spec("torch.nn.attention.varlen"):
+        return None
     from torch.nn.attention.varlen import varlen_attn
 
     takes = inspect.signature(varlen_attn).parameters
