@@ -27,7 +27,7 @@ from ds_trainer.arguments.engine_config import (
     zero_stage,
 )
 from ds_trainer.arguments.merge import Resolved
-from ds_trainer.arguments.objective import PAIR_STAGES, numbers_of, reference_is_base, reference_is_precomputed
+from ds_trainer.arguments.objective import PAIR_STAGES, numbers_of, reference_is_base, reference_kind
 from ds_trainer.data.cache import head_start_of
 from ds_trainer.data.loader import Windows, evaluation_batches
 from ds_trainer.data.rows import TokenRows
@@ -303,7 +303,7 @@ def objective_of(prepared: Prepared, report: Report) -> Objective:
 def reference_of(prepared: Prepared, report: Report) -> reference.Reference:
     """The model before the run: the base of a new adapter, or a frozen copy. Collective where it is a copy."""
     adapter = prepared.resolved.settings.adapter
-    if reference_is_precomputed(prepared.resolved.settings):
+    if reference_kind(prepared.resolved.settings) == "precomputed":
         return reference.precomputed
     if reference_is_base(adapter):
         report("reference: the base, which is the model with the adapter switched off; nothing is held twice")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_trainer import comm, whereabouts
-from ds_trainer.arguments.objective import reference_is_base, reference_is_precomputed
+from ds_trainer.arguments.objective import reference_is_base, reference_kind
 from ds_trainer.assemble import Prepared
 from ds_trainer.data.cache import describe_file, fingerprint
 from ds_trainer.data.order import positions_of_window
@@ -55,9 +55,9 @@ def attach_reference(prepared: Prepared, engine: Engine, report: Report) -> None
         DataError: a file cannot be written, or holds numbers that this model does not compute.
     """
     settings, data = prepared.resolved.settings, prepared.data
-    if not reference_is_precomputed(settings):
+    if reference_kind(settings) != "precomputed":
         return
-    key = comm.from_rank_zero(identity(prepared))
+    key = comm.from_rank_zero(identity(prepared) if comm.rank() == 0 else {})  # it reads the files of the weights
     held_out = {f"the held-out set {name}" if name else "the held-out data": rows for name, rows in data.held_out.items()}
     assert data.rows  # pairs are not streamed
     for name, rows in ({"the training data": data.rows} | held_out).items():

@@ -31,8 +31,6 @@ GOALS = {"loss": "lowest", "rewards/accuracies": "highest", "rewards/margins": "
 """Which value of a metric is best, where there is no doubt."""
 PAIR_STAGES = ("reward", "dpo", "orpo", "simpo", "kto")
 """Stages whose records are two answers each: a pair, or one and that of another record."""
-REFERENCE_STAGES = ("dpo", "kto")
-"""Stages that compare with the model before the run."""
 
 
 def numbers_of(settings: RunSettings) -> dict[str, Any]:
@@ -55,9 +53,9 @@ def goal_of(settings: RunSettings) -> str | None:
     return settings.evaluate.goal or (known[0] if known else None)
 
 
-def reference_is_precomputed(settings: RunSettings) -> bool:
-    """Whether the run has a reference that is computed before its first step only."""
-    return numbers_of(settings).get("reference") == "precomputed"
+def reference_kind(settings: RunSettings) -> str | None:
+    """Whether the model before the run is `held` and computed with in each step, or `precomputed`; None: not compared with."""
+    return numbers_of(settings).get("reference")
 
 
 def reference_is_base(adapter: AdapterSection | None) -> bool:

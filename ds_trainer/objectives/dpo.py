@@ -63,12 +63,13 @@ def objective(reference: Reference, *, loss: Loss, beta: float, label_smoothing:
     def sums(engine: Callable[..., Tensor], batch: ModelBatch) -> LossSums:
         of_reference = reference(engine, batch)
         of_policy, entropies = log_probs_and_entropies(engine, batch)
-        log_ratios = (sums_of_sequences(of_policy.double(), batch) - of_reference).to(of_policy.dtype)
+        log_probs = sums_of_sequences(of_policy.double(), batch)
+        log_ratios = (log_probs - of_reference).to(of_policy.dtype)
         assert batch.sequence_lengths is not None
         losses = pair_losses(log_ratios, batch.sequence_lengths, loss=loss, beta=beta, label_smoothing=label_smoothing)
         metrics = {
             **reward_metrics(*chosen_and_rejected(beta * log_ratios.detach())),
-            **log_prob_metrics(sums_of_sequences(of_policy.detach(), batch)),
+            **log_prob_metrics(log_probs.detach().to(of_policy.dtype)),
             **entropy_metric(entropies),
         }
         return LossSums(losses.sum().reshape(1), metrics)

@@ -56,13 +56,14 @@ def objective(reference: Reference, *, beta: float, desirable_weight: float, und
         divergence = (batch.known[0] / batch.known[1].clamp(min=1)).clamp(min=0)
         of_reference = reference(engine, batch)
         of_policy, entropies = log_probs_and_entropies(engine, batch)
-        log_ratios = (sums_of_sequences(of_policy.double(), batch) - of_reference).to(of_policy.dtype)
+        log_probs = sums_of_sequences(of_policy.double(), batch)
+        log_ratios = (log_probs - of_reference).to(of_policy.dtype)
         wanted = torch.zeros_like(log_ratios, dtype=torch.bool) if batch.wanted is None else batch.wanted
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
         losses = answer_losses(log_ratios, wanted, divergence, beta=beta, **weights)
         metrics = {
             **by_kind("rewards", beta * log_ratios.detach(), wanted, batch.num_wanted),
-            **by_kind("logps", sums_of_sequences(of_policy.detach(), batch), wanted, batch.num_wanted),
+            **by_kind("logps", log_probs.detach().to(of_policy.dtype), wanted, batch.num_wanted),
             "rewards/accuracies": (((log_ratios.detach() > divergence) == wanted).sum().double(), len(log_ratios)),
             **entropy_metric(entropies),
             "kl": (divergence * len(log_ratios), len(log_ratios)),

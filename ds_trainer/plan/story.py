@@ -13,7 +13,7 @@ from pathlib import Path
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.engine_config import build_engine_config, hidden_size_of, optimizer_kind, solve_run_batch
 from ds_trainer.arguments.merge import Resolved, resolve
-from ds_trainer.arguments.objective import REFERENCE_STAGES, reference_is_base, reference_is_precomputed
+from ds_trainer.arguments.objective import reference_is_base, reference_kind
 from ds_trainer.engine.optim import require_trained
 from ds_trainer.errors import ModelError, RefusedError
 from ds_trainer.model import load
@@ -164,9 +164,7 @@ def make_plan(request: Request) -> Plan:
         shape=shape,
         holding=holding,
         memory=memory,
-        traffic=step_traffic(
-            shape, holding, reference=settings.train.stage in REFERENCE_STAGES and not reference_is_precomputed(settings)
-        ),
+        traffic=step_traffic(shape, holding, reference=reference_kind(settings) == "held"),
         length=length,
         flops=flops_per_step(shape, positions=length.positions_per_step, seq_len=settings.data.seq_len),
         notes=(
@@ -186,16 +184,14 @@ def _notes_on_pairs(resolved: Resolved) -> list[str]:
             f"train.stage = {stage} keeps a frozen copy of the model as its reference; a new adapter or objective.reference = "
             "precomputed needs none"
         ]
-    if reference_is_precomputed(settings):
+    if reference_kind(settings) == "precomputed":
         return ["one forward pass over all the data, before the first step of the first start, is not counted: the reference"]
     return []
 
 
 def has_reference(resolved: Resolved) -> bool:
     """Whether the run holds a second model, which it only computes with."""
-    settings = resolved.settings
-    needed = settings.train.stage in REFERENCE_STAGES and not reference_is_precomputed(settings)
-    return needed and not reference_is_base(settings.adapter)
+    return reference_kind(resolved.settings) == "held" and not reference_is_base(resolved.settings.adapter)
 
 
 def _notes(resolved: Resolved, cluster: Cluster, length: Length, attention: str) -> list[str]:

@@ -39,7 +39,8 @@ def test_every_kind_of_reference_gives_the_same_losses(run_file, corpus, tmp_pat
             commands[f"{name}_{reference}"] = Command(["train", "--config", str(run)], ranks=ranks)
     again = ["train", "--config", str(tmp_path / "dpo_precomputed.yaml"), "train.max_steps=6"]
     commands["goes on"] = Command([*again, "deepspeed.zero_optimization.stage=2"])
-    commands["held again"] = Command([*again[:2], str(tmp_path / "dpo_held.yaml"), *again[3:]], ranks=2)
+    changed = [*again[:2], str(tmp_path / "dpo_held.yaml"), *again[3:], "objective.reference=precomputed"]
+    commands["held before"] = Command(changed, ranks=2)
     commands["other weights"] = Command([*again, "train.seed=1", f"checkpoint.folder={tmp_path}/other"])
     done = run_all(commands, tmp_path)
     for name, shown in done.items():
@@ -59,7 +60,9 @@ def test_every_kind_of_reference_gives_the_same_losses(run_file, corpus, tmp_pat
         text = done[f"{name}_precomputed"].text
         assert text.count("computing its log-probabilities of the training data") == 1
         assert "frozen copy" not in text
-    assert "computing its log-probabilities" not in done["goes on"].text
+    for name in ("goes on", "held before"):
+        assert "RESUMING from" in done[name].text
+        assert "computing its log-probabilities" not in done[name].text
     for path in (tmp_path / "data_cache").glob("reference_*.bin"):
         path.write_bytes(bytes(path.stat().st_size))
     refused = run_all({"changed": Command(again, ranks=2)}, tmp_path)["changed"]
