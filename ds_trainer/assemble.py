@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,7 +46,7 @@ from ds_trainer.engine.build import (
 from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import ArgumentsError, ModelError
 from ds_trainer.launch.detect import Launch
-from ds_trainer.model import attention, load
+from ds_trainer.model import attention, load, quantize
 from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.model.layers import WholeLayers, expert_blocks, meta_model
 from ds_trainer.model.layers import whole_layers as find_whole_layers
@@ -93,6 +94,8 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, batch: BatchP
         demand_determinism()
     if problems := validate_blocks(resolved.deepspeed):
         raise ArgumentsError(problems)
+    if settings.model.quantize:
+        quantize.require_library()
 
     require_precision(settings.train.precision)
     model_config = load.load_config(settings.model)
@@ -146,6 +149,7 @@ def decide_whole_layers(resolved: Resolved, model_config: Any) -> WholeLayers:
             gradient_checkpointing=False,
             adapter=settings.adapter,
             value_head=settings.train.stage == "reward",
+            quantized=settings.model.quantize is not None,
         )
     )
 
@@ -190,7 +194,7 @@ def build(prepared: Prepared, report: Report) -> Engine:
     settings, config = prepared.resolved.settings, prepared.engine_config.config
     faults.point("loading")
     attention.register_document_attention()
-    with sharded_construction(config):
+    with construction(prepared):
         model = adapted(prepared, complete(prepared, construct(prepared, report)))
     if blocks := gather_experts(prepared, model):
         report(f"gathering: {blocks} mixtures of experts whole")
@@ -201,8 +205,11 @@ def build(prepared: Prepared, report: Report) -> Engine:
     if settings.train.neftune_alpha is not None:
         add_noise(base_of(model), settings.train.neftune_alpha)
     loss = attach(prepared, base_of(model))
-    total, trained = parameter_counts(model)
-    report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trained:,} of them trained; {loss}")
+    total, trained, packed = parameter_counts(model)
+    in_4_bits = f", {packed / total:.0%} held in 4 bits" if packed else ""
+    report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trained:,} of them trained{in_4_bits}; {loss}")
+    before = states_of_probe(prepared, model.to(prepared.device).eval()) if packed else None
+    model.train()
     engine = build_engine(
         model,
         objective=objective_of(prepared, report),
@@ -214,16 +221,50 @@ def build(prepared: Prepared, report: Report) -> Engine:
         max_steps=prepared.plan.max_steps,
         report=report,
     )
+    engine.train_mode(False)
     if settings.data.packing or settings.train.stage in PAIR_STAGES:  # a row holds several documents
-        engine.train_mode(False)
         attention.probe_isolation(
             partial(language_model.last_states, engine.forward),
             prepared.attention,
             prepared.model_config.get_text_config().vocab_size,
             prepared.device,
         )
-        engine.train_mode(True)
+    if before is not None:
+        require_unchanged(before, [states_of_probe(prepared, engine.forward) for _ in range(2)])
+    engine.train_mode(True)
     return engine
+
+
+def states_of_probe(prepared: Prepared, model: Callable[..., Any]) -> torch.Tensor:
+    """What a model in evaluation mode makes of a few tokens. Collective under ZeRO-3."""
+    batch = attention.probe(prepared.model_config.get_text_config().vocab_size, prepared.attention, 16)
+    return language_model.last_states(model, batch.to(prepared.device))
+
+
+def require_unchanged(before: torch.Tensor, states: list[torch.Tensor]) -> None:
+    """Refuse weights in 4 bits that the engine computes with in another way than the model did before it was handed over.
+
+    Raises:
+        ModelError: with how far it is off, in the first forward pass or in a second one, which finds what the first left.
+    """
+    for each in states:
+        difference, tolerance = attention.difference_of(each, before)
+        if not difference <= tolerance:
+            raise ModelError(
+                f"model.quantize: handed to DeepSpeed, the weights in 4 bits compute something else than before (states change "
+                f"by {difference:.1e} of their norm; allowed {tolerance:.0e}). Use --deepspeed ds_configs/zero2.json, "
+                "or remove model.quantize."
+            )
+
+
+def built_in_shards(prepared: Prepared) -> bool:
+    """Whether each weight is sharded the moment it is made. What is held in 4 bits is whole until the engine is built."""
+    return zero_stage(prepared.resolved) == 3 and prepared.resolved.settings.model.quantize is None
+
+
+def construction(prepared: Prepared) -> AbstractContextManager[None]:
+    """What a model is built in. Collective under ZeRO-3."""
+    return sharded_construction(prepared.engine_config.config) if built_in_shards(prepared) else nullcontext()
 
 
 def gather_experts(prepared: Prepared, model: torch.nn.Module) -> int:
@@ -259,11 +300,21 @@ def adapted(prepared: Prepared, model: torch.nn.Module) -> torch.nn.Module:
     settings = prepared.resolved.settings
     if settings.adapter is None:
         return model
-    sharded = zero_stage(prepared.resolved) == 3
+    sharded = built_in_shards(prepared)
     value_head = settings.train.stage == "reward"
     built: torch.nn.Module = add_adapter(
         model, settings.adapter, settings.train.seed, gather if sharded else None, value_head=value_head
     )
+    adapters = getattr(built, "peft_config", {}).values()
+    if (
+        settings.model.quantize
+        and zero_stage(prepared.resolved) == 3
+        and any(getattr(each, "use_dora", False) for each in adapters)
+    ):
+        raise ModelError(  # a constraint of the settings says why
+            "adapter.lora.path names an adapter with DoRA, which does not train at ZeRO-3 beside weights in 4 bits "
+            "(model.quantize). Use --deepspeed ds_configs/zero2.json, or remove model.quantize."
+        )
     return built
 
 
@@ -309,7 +360,7 @@ def reference_of(prepared: Prepared, report: Report) -> reference.Reference:
         report("reference: the base, which is the model with the adapter switched off; nothing is held twice")
         return reference.adapter_off
     config = prepared.engine_config.config
-    with sharded_construction(config):
+    with construction(prepared):
         model = complete(prepared, construct(prepared, report))
         if adapter and adapter.lora and adapter.lora.path:  # it was there before the run
             model = adapted(prepared, model)
@@ -322,10 +373,14 @@ def reference_of(prepared: Prepared, report: Report) -> reference.Reference:
     return reference.copy(freeze(model, config, prepared.device))
 
 
-def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """The model's parameters, and those of them that are trained; over all ranks where they are sharded."""
-    counts = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
-    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int, int]:
+    """The model's parameters, those that are trained, and those held in 4 bits; over all ranks where they are sharded."""
+    counts = [(quantize.numel(each), each.requires_grad, quantize.is_held_in_4_bits(each)) for each in model.parameters()]
+    return (
+        sum(count for count, _, _ in counts),
+        sum(count for count, trained, _ in counts if trained),
+        sum(count for count, _, packed in counts if packed),
+    )
 
 
 def speed_of(prepared: Prepared, engine: Engine, report: Report) -> Speed:
@@ -345,13 +400,13 @@ def speed_of(prepared: Prepared, engine: Engine, report: Report) -> Speed:
     elif wanted:
         report(f"MFU: not shown, for the peak of a {name} in {settings.train.precision} is not known; set monitor.peak_tflops")
     named = engine.model.named_parameters()
-    weights = ((name, getattr(each, "ds_numel", each.numel()), each.requires_grad) for name, each in named)
+    weights = ((name, quantize.numel(each), each.requires_grad) for name, each in named)
     return Speed(model_flops(weights, prepared.model_config), peak)
 
 
 def construct(prepared: Prepared, report: Report) -> torch.nn.Module:
     """The model with its initial or pretrained weights; sharded under ZeRO-3. Collective there."""
-    settings, sharded = prepared.resolved.settings, zero_stage(prepared.resolved) == 3
+    settings, sharded = prepared.resolved.settings, built_in_shards(prepared)
     precision, value_head = settings.train.precision, settings.train.stage == "reward"
     new_head = partial(load.initialize_value_head, seed=settings.train.seed, gather=gather if sharded else None)
     empty = partial(

@@ -24,7 +24,7 @@ from ds_trainer.data.loader import evaluation_batches
 from ds_trainer.data.prepare import prepare_rows
 from ds_trainer.data.render import effective_chat_template
 from ds_trainer.errors import CheckpointError, ModelError, RefusedError
-from ds_trainer.model import attention, load
+from ds_trainer.model import attention, load, quantize
 from ds_trainer.model.adapter import add_adapter, in_place_of, initial_of, rank_dim
 from ds_trainer.model.tokenizer import load_tokenizer
 from ds_trainer.objectives.chunked_head import plain_log_probs, plain_nll_sum
@@ -62,6 +62,8 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     beside = settings.adapter is not None and settings.adapter.beside is not None
     if merge and not beside:
         raise RefusedError(f"{run} trained the model's own weights: there is no adapter to merge. Leave --merge out.")
+    if settings.model.quantize:
+        quantize.require_library()
     precision = precision or settings.train.precision
     partial = to.parent / f".partial-{to.name}"
     try:
@@ -76,6 +78,9 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
             write_in_parts(found, settings, tokenizer, partial, precision)
         else:
             model = rebuild(found, settings, tokenizer)
+            if settings.model.quantize:
+                for line in lost_in_4_bits(model, found, settings, tokenizer):
+                    report(line)
             if merge:
                 model = model.merge_and_unload()
             write(model.to(getattr(torch, DTYPES[precision])), settings, partial, precision)
@@ -207,7 +212,7 @@ def require_weights(reader: SliceReader, wanted: Mapping[str, torch.Size], found
 
 
 def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
-    """The trained model on the CPU in fp32, every weight from the checkpoint or the frozen base.
+    """The trained model on the CPU in fp32, every weight from the checkpoint or the frozen base, which is not in 4 bits here.
 
     Raises:
         ModelError: weights are missing in the checkpoint, or do not fit.
@@ -217,7 +222,10 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
     else:
         config = load.load_config(settings.model)
         new_head = partial(load.initialize_value_head, seed=settings.train.seed) if has_value_head(settings) else None
-        model = load.load_pretrained(settings.model, config, precision="fp32", attention="sdpa", new_head=new_head)
+        plain = settings.model.model_copy(update={"quantize": None})
+        model = load.load_pretrained(plain, config, precision="fp32", attention="sdpa", new_head=new_head)
+        if settings.model.quantize:
+            quantize.mark(model)
         grow_vocabulary(model, settings, tokenizer)
         adapter = settings.adapter
         if settings.lora is not None and settings.lora.init != "zero":
@@ -244,6 +252,19 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
             reader.read(name, "buffer", 0, value.view(-1))
     model.config.use_cache = True
     return model.eval()
+
+
+def lost_in_4_bits(model: Any, found: Found, settings: RunSettings, tokenizer: Any) -> list[str]:
+    """Round the base of a rebuilt model to what the run held in 4 bits; returns what that changes, for the user."""
+    batches = batches_of_probe(found, settings, tokenizer)
+    before, _ = measured(model, batches, settings)
+    off = quantize.round_to_4_bits(model, settings.train.precision)
+    after, _ = measured(model, batches, settings)
+    numbers = "; ".join(f"{name} {before[name]:.6f} there, {after[name]:.6f} here" for name in before)
+    return [
+        f"model.quantize: the run held the base in 4 bits, {off:.1%} of their size from the weights of {settings.model.path} "
+        f"(root mean square), and the adapter is trained for that. Beside the base as it is published: {numbers}"
+    ]
 
 
 def write(model: Any, settings: RunSettings, folder: Path, precision: str) -> None:
@@ -279,7 +300,12 @@ def reload(folder: Path, settings: RunSettings, *, adapter: bool, precision: str
 
     if has_value_head(settings):
         options["num_labels"] = 1
+    if settings.model.quantize:
+        options["dtype"] = getattr(torch, DTYPES[settings.train.precision])
+        options["quantization_config"] = quantize.how_to_hold(settings.train.precision)
     base = kind.from_pretrained(settings.model.path, revision=settings.model.revision, **options)
+    if settings.model.quantize:
+        quantize.multiply_here(base, settings.model.path)  # its own product computes in bf16 on some CPUs, whatever the type
     return PeftModel.from_pretrained(base, str(folder))
 
 
@@ -289,34 +315,9 @@ def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, prec
     Raises:
         CheckpointError: they differ by more than rounding.
     """
-    rows = prepare_rows(
-        settings.data,
-        settings.probe_sources,
-        settings.train.stage,
-        tokenizer,
-        seq_len=settings.data.seq_len,
-        cache_folder=cache_folder_of(settings),
-        report=lambda line: None,
-    )
     probe = found.manifest["probe"]
-    batches = list(evaluation_batches(rows, micro_batch_size=1, rank=0, data_parallel_size=1, max_rows=probe["rows"]))
-    if settings.train.stage in PAIR_STAGES:
-        prefix, measure = ("rewards", plain_values) if has_value_head(settings) else ("logps", plain_log_probs_of_answers)
-        answers = torch.cat([measure(model, batch) for batch in batches])
-        arranged = [attention.arrange(batch, "sdpa") for batch in batches]
-        if settings.train.stage == "kto":
-            wanted = torch.cat([each.wanted for each in arranged if each.wanted is not None])
-            parts = answers[wanted], answers[~wanted]
-        else:
-            parts = chosen_and_rejected(answers)
-        names = (f"{prefix}/{which}" for which in ("chosen", "rejected"))
-        found_now = {name: float(each.mean()) for name, each in zip(names, parts, strict=True) if len(each)}
-        expected = {name: probe["metrics"][name] for name in found_now}
-        count = sum(each.num_targets for each in arranged)
-    else:
-        losses = [plain_loss(model, batch) for batch in batches]
-        count = sum(targets for _, targets in losses)
-        found_now, expected = {"loss": sum(nll for nll, _ in losses) / count}, {"loss": probe["loss"]}
+    found_now, count = measured(model, batches_of_probe(found, settings, tokenizer), settings)
+    expected = {name: probe["loss"] if name == "loss" else probe["metrics"][name] for name in found_now}
     for name, ours in found_now.items():
         theirs = f"{expected[name]:.6f} in the training engine"
         report(f"{name} on {probe['rows']} rows: {theirs}, {ours:.6f} reloaded with transformers")
@@ -331,6 +332,40 @@ def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, prec
                 f"the exported model computes a {name} of {ours:.6f} where the training engine computed {expected[name]:.6f}. "
                 "Nothing was kept. Was the base model or a file of the checkpoint changed?"
             )
+
+
+def batches_of_probe(found: Found, settings: RunSettings, tokenizer: Any) -> list[MicroBatch]:
+    """The rows whose loss is kept in a checkpoint, one a batch."""
+    rows = prepare_rows(
+        settings.data,
+        settings.probe_sources,
+        settings.train.stage,
+        tokenizer,
+        seq_len=settings.data.seq_len,
+        cache_folder=cache_folder_of(settings),
+        report=lambda line: None,
+    )
+    max_rows = found.manifest["probe"]["rows"]
+    return list(evaluation_batches(rows, micro_batch_size=1, rank=0, data_parallel_size=1, max_rows=max_rows))
+
+
+def measured(model: Any, batches: list[MicroBatch], settings: RunSettings) -> tuple[dict[str, float], int]:
+    """The loss of a model, or what it makes of the answers, by name; and the number of targets."""
+    if settings.train.stage not in PAIR_STAGES:
+        losses = [plain_loss(model, batch) for batch in batches]
+        count = sum(targets for _, targets in losses)
+        return {"loss": sum(nll for nll, _ in losses) / count}, count
+    prefix, measure = ("rewards", plain_values) if has_value_head(settings) else ("logps", plain_log_probs_of_answers)
+    answers = torch.cat([measure(model, batch) for batch in batches])
+    arranged = [attention.arrange(batch, "sdpa") for batch in batches]
+    if settings.train.stage == "kto":
+        wanted = torch.cat([each.wanted for each in arranged if each.wanted is not None])
+        parts = answers[wanted], answers[~wanted]
+    else:
+        parts = chosen_and_rejected(answers)
+    names = (f"{prefix}/{which}" for which in ("chosen", "rejected"))
+    found = {name: float(each.mean()) for name, each in zip(names, parts, strict=True) if len(each)}
+    return found, sum(each.num_targets for each in arranged)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from ds_trainer.assemble import Prepared
 from ds_trainer.errors import OutOfMemoryError
+from ds_trainer.model import quantize
 from ds_trainer.monitor import memory
 from ds_trainer.plan.advice import single_changes
 from ds_trainer.plan.holding import holding_of
@@ -46,7 +47,9 @@ def out_of_memory(prepared: Prepared, counts: list[int], said: str) -> str:
     )
     held = "the model was not yet built"
     if counts:
-        states = states_of(holding, parameters=counts[0], trained=counts[1])
+        total, trained, packed = counts
+        elements = total - packed + quantize.elements(packed, holding.weight_bytes)
+        states = states_of(holding, parameters=elements, trained=trained)
         held = "of that by count " + ", ".join(f"{name} {size / memory.GIB:.2f} GiB" for name, size in states.items())
     changes = [" ".join(each.settings) for each in single_changes(batch, holding)][:3]
     changes += [f"data.seq_len={max(1, seq_len // 2)}", "a smaller model, or more ranks"][: 3 - len(changes)]

@@ -96,6 +96,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "hub": hub,
         "seed": settings.train.seed if drawn else None,
         "precision": settings.train.precision,
+        "quantize": model.quantize,
         "attention": prepared.attention,
     }
 

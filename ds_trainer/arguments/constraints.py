@@ -477,6 +477,40 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "model/adapter.py",
     ),
     Constraint(
+        "quantized_needs_an_adapter",
+        "model.quantize",
+        lambda v: v.settings.model.quantize is not None and (v.settings.adapter is None or v.settings.adapter.beside is None),
+        "weights in 4 bits cannot be trained themselves, only an adapter beside them. Add for example adapter.lora.rank=16 "
+        "(on the command line adapter.freeze=null too, where a part of the weights is trained), or remove model.quantize.",
+        "Dettmers et al. 2023, QLoRA",
+    ),
+    Constraint(
+        "quantized_gives_no_part_away",
+        "adapter.lora.init",
+        lambda v: v.settings.model.quantize is not None and v.settings.lora is not None and v.settings.lora.init != "zero",
+        "adapter.lora.init takes a part out of the base, which model.quantize would have to pack anew, with another error. "
+        "Remove one of them.",
+        "model/adapter.py, take_from_base",
+    ),
+    Constraint(
+        "quantized_dora_is_not_sharded",
+        "adapter.lora.dora",
+        lambda v: (
+            v.settings.model.quantize is not None and v.settings.lora is not None and v.settings.lora.dora and v.stage == 3
+        ),
+        "adapter.lora.dora on weights in 4 bits (model.quantize) does not train at ZeRO-3: peft puts new parameters in place "
+        "of those that DeepSpeed has sharded. Use --deepspeed ds_configs/zero2.json, or remove one of the two.",
+        "peft 0.21, utils/integrations.py, dequantize_module_weight",
+    ),
+    Constraint(
+        "quantized_is_not_swapped",
+        "deepspeed.zero_optimization.offload_param.device",
+        lambda v: v.settings.model.quantize is not None and v.ds("zero_optimization.offload_param.device") == "nvme",
+        "weights in 4 bits (model.quantize) on nvme have not been tried, and are a quarter of what they were. "
+        'Write "cpu", or remove offload_param.',
+        "tests/ranks/test_adapters.py has no such layout",
+    ),
+    Constraint(
         "feedforward_modules_are_targets",
         "adapter.ia3.feedforward_modules",
         lambda v: (

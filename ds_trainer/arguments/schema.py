@@ -50,6 +50,8 @@ class ModelSection(Section):
     n: of every n-th layer; `selective`: keep results of linear layers and attention, recompute the rest: next to no compute."""
     offload_activations: bool = False
     """Keep the inputs of recomputed layers in host memory, for rows that are very long. Needs `gradient_checkpointing`."""
+    quantize: Literal["nf4"] | None = None
+    """QLoRA: hold the base's linear layers in 4 bits, under an adapter that is trained. Needs bitsandbytes."""
     resize_vocabulary: bool = False
     """Grow the embeddings when the tokenizer has more tokens than the model; otherwise that is an error."""
     chunked_loss: bool = True

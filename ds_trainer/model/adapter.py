@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ds_trainer.arguments.schema import AdapterSection, FreezeSection, LoraSection
 from ds_trainer.errors import ModelError
+from ds_trainer.model.quantize import is_held_in_4_bits
 from ds_trainer.model.stack import decoder_layers
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -57,6 +58,7 @@ def add_adapter(
         modules = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
         require_matches("adapter.lora.modules_to_save", lora.modules_to_save, modules, "module with weights of its own", "")
         require_untied(model, lora.modules_to_save)
+        require_whole(model, lora.modules_to_save)
     torch.manual_seed(seed)
     try:
         # The engine holds one type for all weights and fp32 masters beside them.
@@ -313,6 +315,18 @@ def require_untied(model: Any, modules_to_save: Iterable[str]) -> None:
             f"adapter.lora.modules_to_save: {', '.join(sorted(ends))} shares its weight with the "
             "other end of this model (tie_word_embeddings), and a trained copy would not. Leave it out."
         )
+
+
+def require_whole(model: Any, modules_to_save: Iterable[str]) -> None:
+    """Refuse to train weights that are held in 4 bits."""
+    for name, module in model.named_modules():
+        if any(name == each or name.endswith(f".{each}") for each in modules_to_save) and any(
+            is_held_in_4_bits(weight) for weight in module.parameters(recurse=False)
+        ):
+            raise ModelError(
+                f"adapter.lora.modules_to_save: {name} is held in 4 bits (model.quantize), and cannot be trained itself. "
+                "Name modules that are not, such as embed_tokens, or let LoRA train beside it."
+            )
 
 
 def base_of(model: Any) -> Any:

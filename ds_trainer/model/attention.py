@@ -231,6 +231,31 @@ def _only(batch: MicroBatch, kinds: tuple[int, ...]) -> MicroBatch:
     )
 
 
+def probe(vocabulary_size: int, implementation: str, *lengths: int, skipped: int = 0) -> ModelBatch:
+    """A row of documents with so many tokens, which are always the same, on the CPU; nothing of it is a target.
+
+    Args:
+        vocabulary_size: ids are below it.
+        implementation: the attention implementation in use.
+        lengths: of the documents.
+        skipped: so many tokens of the series are left out before the first document.
+    """
+    ids = (torch.arange(sum(lengths)) + skipped) * 7919 % vocabulary_size
+    rows = MicroBatch(
+        input_ids=ids[None],
+        labels=torch.full_like(ids, IGNORED)[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        is_token=torch.ones_like(ids, dtype=torch.bool)[None],
+    )
+    return arrange(rows, implementation)
+
+
+def difference_of(states: Tensor, expected: Tensor) -> tuple[float, float]:
+    """How far states are from those expected, as a share of their norm; and how much rounding explains."""
+    difference = ((states - expected).float().norm() / expected.float().norm().clamp_min(1e-12)).item()
+    return difference, 1e-4 if expected.dtype == torch.float32 else 2e-2
+
+
 def probe_isolation(
     states: Callable[[ModelBatch], Tensor], implementation: str, vocabulary_size: int, device: torch.device
 ) -> None:
@@ -249,22 +274,9 @@ def probe_isolation(
         ModelError: the documents see one another.
     """
     first, second = 9, 7
-    ids = torch.arange(first + second) * 7919 % vocabulary_size
-    positions = torch.cat([torch.arange(first), torch.arange(second)])
-
-    def batch(ids: Tensor, positions: Tensor) -> ModelBatch:
-        rows = MicroBatch(
-            input_ids=ids[None],
-            labels=torch.full_like(ids, IGNORED)[None],
-            position_ids=positions[None],
-            is_token=torch.ones_like(ids, dtype=torch.bool)[None],
-        )
-        return arrange(rows, implementation).to(device)
-
-    packed = states(batch(ids, positions))[0, first:]
-    alone = states(batch(ids[first:], positions[first:]))[0]
-    difference = ((packed - alone).float().norm() / alone.float().norm().clamp_min(1e-12)).item()
-    tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
+    packed = states(probe(vocabulary_size, implementation, first, second).to(device))[0, first:]
+    alone = states(probe(vocabulary_size, implementation, second, skipped=first).to(device))[0]
+    difference, tolerance = difference_of(packed, alone)
     if not difference <= tolerance:
         raise ModelError(
             f"attention `{implementation}` lets packed documents of this model see one another (a document's states change "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ds_trainer.arguments.schema import AdapterSection, Recompute
 from ds_trainer.errors import ModelError
-from ds_trainer.model import load
+from ds_trainer.model import load, quantize
 from ds_trainer.model.adapter import add_adapter, base_of
 from ds_trainer.model.stack import decoder_layers
 from ds_trainer.model.tokenizer import first_line
@@ -31,7 +31,7 @@ class WholeLayers:
     indices: tuple[int, ...]
     """Positions in the model's list of layers."""
     numel: int
-    """Parameters of the largest of them; 0 when there is none."""
+    """Parameters of the largest of them, packed ones as they are held; 0 when there is none."""
     why: str
     """Why the others may not, for the log; empty when there are none."""
 
@@ -45,8 +45,12 @@ def meta_model(
     gradient_checkpointing: Recompute,
     adapter: AdapterSection | None,
     value_head: bool = False,
+    quantized: bool = False,
 ) -> Any:
-    """The model as a run builds it, on the meta device: its real code and shapes, without memory for its weights."""
+    """The model as a run builds it, on the meta device: its real code and shapes, without memory for its weights.
+
+    Weights that the run holds in 4 bits have their full shape here, and `quantize.held_numel` tells what they take.
+    """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = load.build_model(
@@ -57,6 +61,8 @@ def meta_model(
             value_head=value_head,
         )
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
+        if quantized:
+            quantize.mark(model)
         return add_adapter(model, adapter, 0, value_head=value_head) if adapter else model
 
 
@@ -166,7 +172,7 @@ def whole_layers(model: Any) -> WholeLayers:
     model.zero_grad(set_to_none=True)
     return WholeLayers(
         indices=tuple(fit),
-        numel=max((sum(each.numel() for each in layers[index].parameters()) for index in fit), default=0),
+        numel=max((sum(map(quantize.held_numel, layers[index].parameters())) for index in fit), default=0),
         why="; ".join(
             f"{'each' if count == len(layers) else 'one' if count == 1 else count} {reason}"
             for reason, count in reasons.items()

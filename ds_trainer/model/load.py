@@ -15,6 +15,7 @@ from torch import nn
 from ds_trainer.arguments.constraints import DTYPES
 from ds_trainer.arguments.schema import ModelSection, Recompute
 from ds_trainer.errors import ModelError
+from ds_trainer.model import quantize
 from ds_trainer.model.stack import recompute_activations
 from ds_trainer.model.tokenizer import first_line, require_folder
 
@@ -47,8 +48,8 @@ def load_config(model: ModelSection) -> Any:
         if quantized := getattr(config, "quantization_config", None):
             method = quantized.get("quant_method", "") if isinstance(quantized, dict) else ""
             raise ModelError(
-                f"model.path = {path}: its weights are quantized ({method or 'by its quantization_config'}), which are not "
-                "trained here. Give the model they were made from; adapter.lora with gradient checkpointing takes least memory."
+                f"model.path = {path}: its weights are quantized ({method or 'by its quantization_config'}), so that what they "
+                "were is lost. Give the model they were made from; for QLoRA with model.quantize: nf4."
             )
         return config
     except ModelError:
@@ -191,7 +192,7 @@ def load_pretrained(
     Under ZeRO-3 rank zero then reads the whole file: `engine.sharded_weights` does better where it can.
 
     Args:
-        model: where they are.
+        model: where they are, and whether they are held in 4 bits: then whole on every rank, at any stage.
         config: the model's transformers config.
         precision: `fp32`, `bf16` or `fp16`.
         attention: the attention implementation.
@@ -211,6 +212,7 @@ def load_pretrained(
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            **({"quantization_config": quantize.how_to_hold(precision)} if model.quantize else {}),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"model.path = {model.path}: the model cannot be loaded ({first_line(error)}).") from None
@@ -219,6 +221,8 @@ def load_pretrained(
         missing.clear()
         new_head(loaded)
     refuse_missing(model.path, missing)
+    if model.quantize:
+        quantize.multiply_here(loaded, model.path)
     return loaded  # type: ignore[no-any-return]
 
 

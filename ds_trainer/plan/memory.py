@@ -65,7 +65,7 @@ def states_of(holding: Holding, *, parameters: int, trained: int) -> Parts:
 
     Args:
         holding: how the engine holds the model.
-        parameters: of the model.
+        parameters: of the model, as elements of the training type.
         trained: of them, those that are trained.
     """
     width, ranks = holding.weight_bytes, holding.ranks
@@ -101,9 +101,11 @@ def rank_memory(
         has_reference: a frozen copy of the model is computed with beside it, laid out as its weights are.
     """
     device, host, nvme = (_stage3 if holding.stage == 3 else _stages12)(shape, holding, step, attention_mask)
+    if shape.packed:
+        device["forward and backward"]["a weight out of its 4 bits"] = _unpacked(shape, holding)
     copies = _saved_copies(shape, holding)
     checkpoint = checkpoint_of(shape.trained, holding.moment_bytes)
-    whole = float(shape.total * holding.weight_bytes)
+    whole = float(shape.held * holding.weight_bytes)
     frozen = {"frozen copy as the reference": whole / (holding.ranks if holding.stage == 3 else 1)} if has_reference else {}
     if holding.on_cpu:
         phases = _on_cpu(shape, holding, step, device, host, copies)
@@ -111,12 +113,14 @@ def rank_memory(
             parts |= frozen
         if read_whole != "by nobody":
             phases["loading"] = {"process": float(CPU_PROCESS), "weights as they are built": whole}
-            phases["loading"] |= {"pages of their files": whole} if from_files else {}
+            phases["loading"] |= {"pages of their files": float(shape.total * holding.weight_bytes)} if from_files else {}
         return RankMemory(device=phases, host={}, nvme=nvme, checkpoint=checkpoint)
     if holding.weights_on == "none":
         device = {phase: {**parts, **frozen} for phase, parts in device.items()}
     else:  # DeepSpeed keeps the shards of both where `offload_param` says; on nvme, the copy is counted as host memory
         host = {**host, **frozen}
+    if shape.packed:  # each rank reads and packs them one by one, whatever the stage
+        device["loading"] = {"weights as they are built": whole, "a weight as it is packed": _unpacked(shape, holding)}
     for parts in device.values():
         parts["CUDA context and libraries (allowance)"] = CUDA_CONTEXT
     base = {"process (allowance)": float(CUDA_PROCESS)}
@@ -132,10 +136,14 @@ def rank_memory(
     )
 
 
+def _unpacked(shape: Shape, holding: Holding) -> float:
+    return float(holding.weight_bytes * max(each.packed for each in shape.weights))
+
+
 def _stages12(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tuple[dict[str, Parts], Parts, Parts]:
     """Stages 1 and 2, [12]: device by phase, host, nvme."""
     width, trained, ranks = holding.weight_bytes, shape.trained, holding.ranks
-    held = states_of(holding, parameters=shape.total, trained=trained)
+    held = states_of(holding, parameters=shape.held, trained=trained)
     largest = max((each.numel for each in shape.weights if each.trained), default=0)
     static = {
         "weights": held["weights"],
@@ -207,7 +215,7 @@ def _stage3(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tupl
     states_bytes = (4 + holding.moment_bytes) * own
     static = {
         "weights": float(shards) if home_weights else 0.0,
-        "a second set of weights (ZeRO++)": width * shape.total / holding.secondary_ranks
+        "a second set of weights (ZeRO++)": width * shape.held / holding.secondary_ranks
         if holding.secondary_ranks > 1
         else 0.0,
         "small weights that stay whole": float(width * sum(small)),

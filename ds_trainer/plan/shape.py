@@ -7,6 +7,7 @@ keep, and not a formula for one architecture. No weights are read.
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ds_trainer.arguments.constraints import DTYPES
 from ds_trainer.arguments.schema import AdapterSection, ModelSection, Recompute
 from ds_trainer.errors import ModelError
-from ds_trainer.model import load
+from ds_trainer.model import load, quantize
 from ds_trainer.model.adapter import base_of
 from ds_trainer.model.attention import DOCUMENTS
 from ds_trainer.model.layers import meta_model, whole_layers
@@ -48,9 +49,12 @@ class Weight:
 
     name: str
     numel: int
+    """Elements of the training type that it is held in."""
     trained: bool
     decays: bool
     """Which of the two groups of the optimizer it is in; see `engine/optim.py`."""
+    packed: int = 0
+    """Weights in 4 bits that these elements hold; 0: each element is one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,20 +65,31 @@ class Shape:
     weights: tuple[Weight, ...]
     """In the order of `model.parameters()`; tied ones once."""
     largest_module: int
-    """Parameters of the module that holds most itself: what ZeRO-3 gathers at once at least."""
+    """Elements of the module that holds most itself: what ZeRO-3 gathers at once at least."""
     whole_layer: int
-    """Parameters of the largest decoder layer that ZeRO-3 may gather whole; see `model/layers.py`. 0: none."""
+    """Elements of the largest decoder layer that ZeRO-3 may gather whole; see `model/layers.py`. 0: none."""
     whole_layers: int
     """How many may be gathered so."""
     vocabulary_size: int
     num_layers: int
     buffers_bytes: int
+    """With the scales of weights in 4 bits, which are whole on every rank too."""
     flops: ModelFlops
 
     @property
     def total(self) -> int:
         """Parameters, trained or not."""
+        return sum(each.packed or each.numel for each in self.weights)
+
+    @property
+    def held(self) -> int:
+        """Elements of the training type that the parameters take."""
         return sum(each.numel for each in self.weights)
+
+    @property
+    def packed(self) -> int:
+        """Parameters held in 4 bits."""
+        return sum(each.packed for each in self.weights)
 
     @property
     def trained(self) -> int:
@@ -155,18 +170,28 @@ def read_shape(model: str, adapter: str, precision: str, value_head: bool = Fals
     """
     built = _build(model, adapter, precision, "eager", gradient_checkpointing=False, value_head=value_head)
     config = base_of(built).config.get_text_config()
-    weights = tuple(Weight(name, each.numel(), each.requires_grad, each.dim() >= 2) for name, each in built.named_parameters())
+    weights = tuple(
+        Weight(
+            name,
+            quantize.held_numel(each),
+            each.requires_grad,
+            each.dim() >= 2,
+            packed=each.numel() if quantize.is_held_in_4_bits(each) else 0,
+        )
+        for name, each in built.named_parameters()
+    )
     whole = whole_layers(built)
     return Shape(
         model_type=base_of(built).config.model_type,
         weights=weights,
-        largest_module=max(sum(each.numel() for each in module.parameters(recurse=False)) for module in built.modules()),
+        largest_module=max(sum(map(quantize.held_numel, module.parameters(recurse=False))) for module in built.modules()),
         whole_layer=whole.numel,
         whole_layers=len(whole.indices),
         vocabulary_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
-        buffers_bytes=sum(each.numel() * each.element_size() for each in built.buffers()),
-        flops=model_flops(((each.name, each.numel, each.trained) for each in weights), config),
+        buffers_bytes=sum(each.numel() * each.element_size() for each in built.buffers())
+        + math.ceil(quantize.SCALE_BYTES * sum(each.packed for each in weights)),
+        flops=model_flops(((each.name, each.packed or each.numel, each.trained) for each in weights), config),
     )
 
 
@@ -191,6 +216,7 @@ def _build(
         gradient_checkpointing=gradient_checkpointing,
         adapter=AdapterSection.model_validate_json(adapter) if adapter != "null" else None,
         value_head=value_head,
+        quantized=section.quantize is not None,
     )
     if value_head:
         reward.attach(base_of(built))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ds_trainer.arguments.batch import BatchPlan
 from ds_trainer.arguments.engine_config import build_engine_config, hidden_size_of, optimizer_kind, solve_run_batch
 from ds_trainer.arguments.merge import Resolved, resolve
 from ds_trainer.arguments.objective import reference_is_base, reference_kind
+from ds_trainer.arguments.schema import ModelSection
 from ds_trainer.engine.optim import require_trained
 from ds_trainer.errors import ModelError, RefusedError
 from ds_trainer.model import load
@@ -146,7 +148,6 @@ def make_plan(request: Request) -> Plan:
     masked = attention in ("sdpa", "eager")
     # A mask of booleans, and what the kernel adds to the scores.
     mask = batch.micro_batch_size * settings.data.seq_len**2 * (1 + holding.weight_bytes) if masked else 0
-    sliced = settings.model.path is None or bool(load.weight_files(settings.model.path))
     memory = rank_memory(
         shape,
         holding,
@@ -154,7 +155,7 @@ def make_plan(request: Request) -> Plan:
         attention_mask=float(mask),
         from_files=settings.model.path is not None,
         has_reference=has_reference(resolved),
-        read_whole="by every rank" if holding.stage < 3 else "by nobody" if sliced else "by rank zero",
+        read_whole=_who_reads_whole(settings.model, holding),
     )
     length = length_of(resolved, batch)
     return Plan(
@@ -173,6 +174,14 @@ def make_plan(request: Request) -> Plan:
             *_notes_on_pairs(resolved),
         ),
     )
+
+
+def _who_reads_whole(model: ModelSection, holding: Holding) -> Literal["by every rank", "by rank zero", "by nobody"]:
+    if model.quantize:  # on a GPU each weight goes there as it is read
+        return "by every rank" if holding.on_cpu else "by nobody"
+    if holding.stage < 3:
+        return "by every rank"
+    return "by nobody" if model.path is None or load.weight_files(model.path) else "by rank zero"
 
 
 def _notes_on_pairs(resolved: Resolved) -> list[str]:

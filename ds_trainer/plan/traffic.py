@@ -36,7 +36,7 @@ def step_traffic(shape: Shape, holding: Holding, *, reference: bool = False) -> 
     """
     ring = (holding.ranks - 1) / holding.ranks
     width, steps = holding.weight_bytes, holding.accumulation
-    trained, total = float(width * shape.trained), float(width * shape.total)
+    trained, total = float(width * shape.trained), float(width * shape.held)
     inner = 0.0
     if holding.stage < 3:
         by_rank = {
@@ -47,7 +47,7 @@ def step_traffic(shape: Shape, holding: Holding, *, reference: bool = False) -> 
             "new weights, gathered": ring * trained,
         }
     else:
-        kept = min(1.0, (live_parameters(shape, holding) - gathered_at_once(shape, holding)) / max(1, shape.total))
+        kept = min(1.0, (live_parameters(shape, holding) - gathered_at_once(shape, holding)) / max(1, shape.held))
         again = (1.0 - max(0.0, kept)) * ring * total * steps
         if holding.secondary_ranks > 1:
             inner = (1.0 - max(0.0, kept)) * (holding.secondary_ranks - 1) / holding.secondary_ranks * total * steps

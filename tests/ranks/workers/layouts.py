@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_trainer import comm
-from ds_trainer.arguments.schema import AdapterSection, TrainSection
+from ds_trainer.arguments.schema import AdapterSection, ModelSection, TrainSection
 from ds_trainer.checkpoint.slices import SliceReader, file_name, write_slices
 from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, sharded_construction
 from ds_trainer.model import attention, load
@@ -54,6 +55,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "further": {"lora": {"path": str(FOLDER / "adapter")}},
     "last": {"freeze": {"last_layers": 1, "train": ["lm_head.*"]}},
 }
+QUANTIZED = {f"nf4_{name}": ADAPTERS[name] for name in ADAPTERS if name not in ("pissa", "olora", "last")}
+"""Beside a base in 4 bits, which is read from `base` in the folder."""
+ADAPTERS |= QUANTIZED
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": str(FOLDER / "nvme")}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
@@ -70,7 +74,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1_bf16_fp32_gradients": {"stage": 1, "precision": "bf16", "gradients": "fp32"},
     **{f"zero{stage}_lora": {"stage": stage, "adapter": ADAPTERS["lora"]} for stage in (1, 2, 3)},
     **{
-        f"{name}_{adapter}": {**layout, "adapter": settings}
+        f"{name}_{adapter}": {**layout, "adapter": settings, "quantized": adapter in QUANTIZED}
         for adapter, settings in ADAPTERS.items()
         if adapter != "lora"
         for name, layout in {
@@ -105,16 +109,21 @@ def build(layout: dict[str, Any]):
     dropout = layout.get("dropout", 0.0)
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     adapter = AdapterSection.model_validate(layout["adapter"]) if "adapter" in layout else None
+    base = ModelSection(path=str(FOLDER / "base"), quantize="nf4") if layout.get("quantized") else None
+    sharded = stage == 3 and not base
     model_config = (
         AutoConfig.for_model("llama", **LLAMA, tie_word_embeddings=False)
         if adapter
         else AutoConfig.for_model("gpt2", **GPT2, **drops, bos_token_id=0, eos_token_id=0)
     )
-    with sharded_construction(config):
-        model = load.build_model(model_config, precision=precision, attention="sdpa")
-        load.initialize_weights(model, 0, gather if stage == 3 else None)
+    with sharded_construction(config) if sharded else nullcontext():
+        if base:
+            model = load.load_pretrained(base, load.load_config(base), precision=precision, attention="sdpa")
+        else:
+            model = load.build_model(model_config, precision=precision, attention="sdpa")
+            load.initialize_weights(model, 0, gather if sharded else None)
         if adapter:
-            model = add_adapter(model, adapter, 0, gather if stage == 3 else None)
+            model = add_adapter(model, adapter, 0, gather if sharded else None)
     language_model.attach(base_of(model), chunked=True)
     engine = build_engine(
         model,
