@@ -79,8 +79,7 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
         else:
             model = rebuild(found, settings, tokenizer)
             if settings.model.quantize:
-                for line in lost_in_4_bits(model, found, settings, tokenizer):
-                    report(line)
+                report(lost_in_4_bits(model, found, settings, tokenizer, merge=merge))
             if merge:
                 model = model.merge_and_unload()
             write(model.to(getattr(torch, DTYPES[precision])), settings, partial, precision)
@@ -254,17 +253,22 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
     return model.eval()
 
 
-def lost_in_4_bits(model: Any, found: Found, settings: RunSettings, tokenizer: Any) -> list[str]:
+def lost_in_4_bits(model: Any, found: Found, settings: RunSettings, tokenizer: Any, *, merge: bool) -> str:
     """Round the base of a rebuilt model to what the run held in 4 bits; returns what that changes, for the user."""
-    batches = batches_of_probe(found, settings, tokenizer)
+    batches, kind, path = batches_of_probe(found, settings, tokenizer), settings.model.quantize, settings.model.path
     before, _ = measured(model, batches, settings)
     off = quantize.round_to_4_bits(model, settings.train.precision)
     after, _ = measured(model, batches, settings)
-    numbers = "; ".join(f"{name} {before[name]:.6f} there, {after[name]:.6f} here" for name in before)
-    return [
-        f"model.quantize: the run held the base in 4 bits, {off:.1%} of their size from the weights of {settings.model.path} "
-        f"(root mean square), and the adapter is trained for that. Beside the base as it is published: {numbers}"
-    ]
+    numbers = ", ".join(f"{name} {after[name]:.6f} instead of {before[name]:.6f} beside it as it is" for name in before)
+    then = (
+        f"The merged model keeps the values of {kind}: what they lost is lost."
+        if merge
+        else f"Load the adapter beside the base in {kind} for that (docs/adapters.md, QLoRA)."
+    )
+    return (
+        f"base: in {kind} its linear layers are {off:.1%} off {path} (root mean square, of their size), and the adapter was "
+        f"trained beside these: {numbers}. {then}"
+    )
 
 
 def write(model: Any, settings: RunSettings, folder: Path, precision: str) -> None:
@@ -305,7 +309,7 @@ def reload(folder: Path, settings: RunSettings, *, adapter: bool, precision: str
         options["quantization_config"] = quantize.how_to_hold(settings.train.precision)
     base = kind.from_pretrained(settings.model.path, revision=settings.model.revision, **options)
     if settings.model.quantize:
-        quantize.multiply_here(base, settings.model.path)  # its own product computes in bf16 on some CPUs, whatever the type
+        quantize.multiply_here(base)  # its own product computes in bf16 on some CPUs, whatever the type
     return PeftModel.from_pretrained(base, str(folder))
 
 

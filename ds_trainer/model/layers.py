@@ -63,6 +63,7 @@ def meta_model(
         load.finish_model(model, tokens=0, resize=False, gradient_checkpointing=gradient_checkpointing, seed=0)
         if quantized:
             quantize.mark(model)
+            quantize.multiply_here(model)
         return add_adapter(model, adapter, 0, value_head=value_head) if adapter else model
 
 

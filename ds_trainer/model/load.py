@@ -222,7 +222,7 @@ def load_pretrained(
         new_head(loaded)
     refuse_missing(model.path, missing)
     if model.quantize:
-        quantize.multiply_here(loaded, model.path)
+        quantize.multiply_here(loaded)
     return loaded  # type: ignore[no-any-return]
 
 

@@ -54,8 +54,8 @@ def how_to_hold(precision: str) -> Any:
     )
 
 
-def multiply_here(model: Any, path: str | None) -> None:
-    """Have the layers that are held in 4 bits multiply by `_Product` instead of by bitsandbytes' own function.
+def multiply_here(model: Any) -> None:
+    """Have the layers that are held in 4 bits, or marked, multiply by `_Product` instead of by bitsandbytes' own function.
 
     That one (0.50, autograd/_functions.py, MatMul4Bit) keeps a weight that ZeRO-3 has gathered until the backward pass, with
     activations recomputed or not, so that at its end every rank holds the whole base. And on a CPU that multiplies bf16,
@@ -66,10 +66,10 @@ def multiply_here(model: Any, path: str | None) -> None:
         ModelError: the model keeps its matrices in another way than in linear layers.
     """
     layers = [module for module in model.modules() if is_held_in_4_bits(getattr(module, "weight", None))]
-    if not layers or any(layer.source_cls is not nn.Linear for layer in layers):
+    if not layers or any(getattr(layer, "source_cls", nn.Linear) is not nn.Linear for layer in layers):
         raise ModelError(
-            f"model.quantize: the layers of a {model.config.model_type} model ({path}) are no torch.nn.Linear, whose weights "
-            "are what is held in 4 bits. Remove model.quantize."
+            f"model.quantize: the layers of a {model.config.model_type} model are no torch.nn.Linear, whose weights are what "
+            "is held in 4 bits. Remove model.quantize."
         )
     for layer in layers:
         layer.forward = partial(_multiply, layer)
@@ -96,6 +96,8 @@ class _Product(torch.autograd.Function):
 
 def unpacked(weight: Any) -> Tensor:
     """The values (out, in) of a weight that is held in 4 bits, in the type it was packed from."""
+    if weight.is_meta:  # marked, and of full shape: only the room it takes counts
+        return torch.empty_like(weight)
     from bitsandbytes.functional import dequantize_4bit
 
     values: Tensor = dequantize_4bit(weight.data, weight.quant_state)

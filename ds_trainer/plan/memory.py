@@ -86,7 +86,7 @@ def rank_memory(
     *,
     attention_mask: float,
     read_whole: Literal["by every rank", "by rank zero", "by nobody"],
-    from_files: bool,
+    file_bytes: float,
     has_reference: bool = False,
 ) -> RankMemory:
     """Count what a rank holds.
@@ -97,30 +97,38 @@ def rank_memory(
         step: what a forward and backward pass keeps; with the gradients at stage 1 when there is one micro-step.
         attention_mask: bytes of a mask that the attention needs, if it needs one.
         read_whole: who has the whole model in host memory while it is built.
-        from_files: its weights are read, not drawn.
+        file_bytes: of the files that its weights are read from; 0 where they are drawn.
         has_reference: a frozen copy of the model is computed with beside it, laid out as its weights are.
     """
     device, host, nvme = (_stage3 if holding.stage == 3 else _stages12)(shape, holding, step, attention_mask)
-    if shape.packed:
-        device["forward and backward"]["a weight out of its 4 bits"] = _unpacked(shape, holding)
     copies = _saved_copies(shape, holding)
     checkpoint = checkpoint_of(shape.trained, holding.moment_bytes)
     whole = float(shape.held * holding.weight_bytes)
+    largest_packed = max(each.packed for each in shape.weights)
     frozen = {"frozen copy as the reference": whole / (holding.ranks if holding.stage == 3 else 1)} if has_reference else {}
     if holding.on_cpu:
         phases = _on_cpu(shape, holding, step, device, host, copies)
         for parts in phases.values():
             parts |= frozen
+        pages = {"pages of their files": file_bytes} if file_bytes else {}
         if read_whole != "by nobody":
             phases["loading"] = {"process": float(CPU_PROCESS), "weights as they are built": whole}
-            phases["loading"] |= {"pages of their files": float(shape.total * holding.weight_bytes)} if from_files else {}
+        if shape.packed:  # those that are not packed lie in the pages of their file, and keep it there
+            for parts in phases.values():
+                parts |= pages
+            phases["loading"]["a weight as it is packed"] = 8.0 * largest_packed  # two copies in fp32
+        elif read_whole != "by nobody":
+            phases["loading"] |= pages
         return RankMemory(device=phases, host={}, nvme=nvme, checkpoint=checkpoint)
     if holding.weights_on == "none":
         device = {phase: {**parts, **frozen} for phase, parts in device.items()}
     else:  # DeepSpeed keeps the shards of both where `offload_param` says; on nvme, the copy is counted as host memory
         host = {**host, **frozen}
     if shape.packed:  # each rank reads and packs them one by one, whatever the stage
-        device["loading"] = {"weights as they are built": whole, "a weight as it is packed": _unpacked(shape, holding)}
+        device["loading"] = {
+            "weights as they are built": whole,
+            "a weight as it is packed": holding.weight_bytes * largest_packed,
+        }
     for parts in device.values():
         parts["CUDA context and libraries (allowance)"] = CUDA_CONTEXT
     base = {"process (allowance)": float(CUDA_PROCESS)}
@@ -134,10 +142,6 @@ def rank_memory(
         nvme=nvme,
         checkpoint=checkpoint,
     )
-
-
-def _unpacked(shape: Shape, holding: Holding) -> float:
-    return float(holding.weight_bytes * max(each.packed for each in shape.weights))
 
 
 def _stages12(shape: Shape, holding: Holding, step: StepPeak, mask: float) -> tuple[dict[str, Parts], Parts, Parts]:

@@ -153,7 +153,7 @@ def make_plan(request: Request) -> Plan:
         holding,
         step,
         attention_mask=float(mask),
-        from_files=settings.model.path is not None,
+        file_bytes=_bytes_of_files(settings.model, shape, holding),
         has_reference=has_reference(resolved),
         read_whole=_who_reads_whole(settings.model, holding),
     )
@@ -174,6 +174,13 @@ def make_plan(request: Request) -> Plan:
             *_notes_on_pairs(resolved),
         ),
     )
+
+
+def _bytes_of_files(model: ModelSection, shape: Shape, holding: Holding) -> float:
+    """Of the weights' files; of those that are not here, as if they held the training type."""
+    if model.path is None:
+        return 0.0
+    return float(sum(path.stat().st_size for path in load.weight_files(model.path)) or shape.total * holding.weight_bytes)
 
 
 def _who_reads_whole(model: ModelSection, holding: Holding) -> Literal["by every rank", "by rank zero", "by nobody"]:

@@ -68,7 +68,7 @@ def shape_of(weights: tuple[Weight, ...] = WEIGHTS) -> Shape:
 
 def memory_of(weights: tuple[Weight, ...] = WEIGHTS, step: StepPeak = STEP, **changed: object) -> RankMemory:
     return rank_memory(
-        shape_of(weights), replace(HOLDING, **changed), step, attention_mask=0.0, read_whole="by nobody", from_files=False
+        shape_of(weights), replace(HOLDING, **changed), step, attention_mask=0.0, read_whole="by nobody", file_bytes=0.0
     )
 
 
@@ -114,7 +114,7 @@ def test_zero2_on_four_gpus_by_hand():
 
 @pytest.mark.parametrize(("stage", "expected"), [(2, 24000), (3, 6000)])
 def test_a_reference_takes_what_the_weights_take_in_every_phase(stage, expected):
-    arguments = {"attention_mask": 0.0, "read_whole": "by nobody", "from_files": False, "has_reference": True}
+    arguments = {"attention_mask": 0.0, "read_whole": "by nobody", "file_bytes": 0.0, "has_reference": True}
     for on_cpu in (False, True):
         found = rank_memory(shape_of(), replace(HOLDING, stage=stage, on_cpu=on_cpu), STEP, **arguments)
         assert {parts["frozen copy as the reference"] for parts in found.device.values()} == {expected}
