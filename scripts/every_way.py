@@ -47,9 +47,9 @@ ADAPTERS = {
 PRECOMPUTED = {"reference": "precomputed"}
 
 
-def run_file(stage: str, adapter: dict | None, objective: dict | None, folder: Path) -> Path:
+def run_file(stage: str, adapter: dict | None, objective: dict | None, quantize: str | None, folder: Path) -> Path:
     run = {
-        "model": {"path": str(BASE)},
+        "model": {"path": str(BASE), "quantize": quantize},
         "data": {"sources": [{"path": str(CORPUS / f"{FILES.get(stage, 'preferences_train')}.jsonl")}], "seq_len": 512},
         "train": {
             "stage": stage,
@@ -70,8 +70,8 @@ def run_file(stage: str, adapter: dict | None, objective: dict | None, folder: P
     return path
 
 
-def commands(stage: str, adapter: dict | None, objective: dict | None, folder: Path) -> dict[str, list[str]]:
-    config = ["--config", str(run_file(stage, adapter, objective, folder))]
+def commands(stage: str, adapter: dict | None, objective: dict | None, quantize: str | None, folder: Path) -> dict[str, list[str]]:
+    config = ["--config", str(run_file(stage, adapter, objective, quantize, folder))]
     zero3, zero2 = (["--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in (3, 2))
     program = [sys.executable, "-m", "ds_trainer"]
     run = str(folder / "run")
@@ -88,14 +88,14 @@ def commands(stage: str, adapter: dict | None, objective: dict | None, folder: P
     return found
 
 
-def row(stage: str, adapter: dict | None, objective: dict | None = None) -> dict[str, str]:
+def row(stage: str, adapter: dict | None, objective: dict | None = None, quantize: str | None = None) -> dict[str, str]:
     """What each command came to: "yes", or its last words."""
     folder = WORK / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options: dict = {"cwd": WORK, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdin": subprocess.DEVNULL, "timeout": 300}
     found = {}
-    for name, command in commands(stage, adapter, objective, folder).items():
+    for name, command in commands(stage, adapter, objective, quantize, folder).items():
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         text = done.stdout + done.stderr
         went_on = name != "deepspeed" or "RESUMING from" in text
@@ -105,14 +105,14 @@ def row(stage: str, adapter: dict | None, objective: dict | None = None) -> dict
         said = re.findall(r"^ds_trainer: .*(?:\n  .*)*", text, re.MULTILINE)
         found[name] = f"code {done.returncode}: {said[0] if said else text[-1500:]}"
         return found
-    if (stage, adapter) == ("sft", ADAPTERS["lora"]):
+    if (stage, adapter, quantize) == ("sft", ADAPTERS["lora"], None):
         shutil.copytree(folder / "export", ADAPTERS["path"]["lora"]["path"], dirs_exist_ok=True)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*STAGES, *ADAPTERS], default=None)
+    parser.add_argument("--only", nargs="+", choices=[*STAGES, *ADAPTERS, "nf4"], default=None)
     only = parser.parse_args().only
     if not BASE.is_dir():
         sys.exit(f"{BASE} is not there; run scripts/quickstart.sh first")
@@ -121,6 +121,8 @@ def main() -> None:
     cases |= {f"sft with {name}": ("sft", adapter) for name, adapter in ADAPTERS.items()}
     cases |= {f"dpo with {name}": ("dpo", ADAPTERS[name]) for name in ("pissa", "freeze", "ia3")}
     cases |= {f"{stage} precomputed": (stage, None, PRECOMPUTED) for stage in ("dpo", "kto")}
+    quantized = [("sft", "lora"), ("dpo", "lora"), ("reward", "lora"), ("sft", "lora+"), ("sft", "vera"), ("dpo", "path")]
+    cases |= {f"{stage} with {name} on nf4": (stage, ADAPTERS[name], None, "nf4") for stage, name in quantized}
     cases["dpo with lora precomputed"] = ("dpo", ADAPTERS["lora"], PRECOMPUTED)
     cases = {name: case for name, case in cases.items() if not only or any(word in name.split() for word in only)}
     rows = {}

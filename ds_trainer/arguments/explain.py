@@ -129,6 +129,8 @@ def _rule(detail: Any, node: Located, name: str) -> str:
     if kind in ("literal_error", "enum"):
         expected = str(context.get("expected", "")).replace(" or ", ", ")
         near = difflib.get_close_matches(str(value), [word.strip("' ") for word in expected.split(",")], n=1)
+        if "," not in expected:
+            return f"can only be {expected}; {_example(name)}"
         return f"must be one of {expected}" + (f"; did you mean `{near[0]}`?" if near else "")
     for bound, word in (("ge", "at least"), ("gt", "greater than"), ("le", "at most"), ("lt", "less than")):
         if bound in context:
@@ -203,7 +205,7 @@ _EXAMPLES = {
     "adapter.freeze": "write for example `freeze: {last_layers: 4}`",
     "adapter.freeze.train": 'write patterns, for example `["*.mlp.*"]`',
     "train.no_weight_decay": 'write patterns, for example `["*embed_tokens*"]`',
-    "model.quantize": "write `nf4`; with 8 bits, bitsandbytes computes one thing in training and another in evaluation",
+    "model.quantize": "with 8 bits, bitsandbytes computes one thing in training and another in evaluation",
     "model.gradient_checkpointing": "write `true`, `selective`, or a number n from 2 on: every n-th layer",
     "monitor.wandb": "write for example `wandb: {enabled: true, project: my-project}`",
     "monitor.tensorboard": "write for example `tensorboard: {enabled: true, output_path: out/tensorboard}`",

@@ -1,11 +1,13 @@
 """Train three steps, keep the state, train three more; or go on from a kept state in any other layout: run by torchrun.
 
-Arguments: a folder, then `save:LAYOUT` and `resume:FOLDER_OF_A_STATE:LAYOUT`, done one after the other. A layout is a name of
-LAYOUTS. Each writes its losses and final weights beside the states: what was seen of six steps, or of the last three.
+Arguments: a folder, then `save:LAYOUT`, `resume:FOLDER_OF_A_STATE:LAYOUT` and `held:LAYOUT`, done one after the other. A layout
+is a name of LAYOUTS. The first two write their losses and final weights beside the states: what was seen of six steps, or of
+the last three.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -22,6 +24,7 @@ from ds_trainer.checkpoint.slices import SliceReader, file_name, write_slices
 from ds_trainer.engine.build import build_engine, gather, prepare_deepspeed, sharded_construction
 from ds_trainer.model import attention, load
 from ds_trainer.model.adapter import add_adapter, base_of
+from ds_trainer.model.quantize import is_held_in_4_bits
 from ds_trainer.objectives import language_model
 from ds_trainer.protocols import MicroBatch
 from ds_trainer.state import step_seed
@@ -168,7 +171,9 @@ def keep_what_was_seen(engine, name: str, losses: list[str]) -> None:
     weights = {}
     for parameter_name, parameter in engine.model.named_parameters():
         with gather([parameter]) if hasattr(parameter, "ds_id") else torch.no_grad():
-            weights[parameter_name] = parameter.detach().clone()
+            value = parameter.detach().clone()
+            # As bytes: taken for numbers, some are not finite, and those equal nothing.
+            weights[parameter_name] = value.view(torch.uint8) if is_held_in_4_bits(parameter) else value
     if comm.rank() == 0:
         torch.save({"losses": losses, "weights": weights}, FOLDER / f"{name}.pt")
     engine.close()
@@ -194,13 +199,31 @@ def resume(state: str, name: str) -> None:
     keep_what_was_seen(engine, f"{state}__{name}_of_{comm.world_size()}", train(engine, HALF, STEPS))
 
 
+def held(name: str) -> None:
+    """Write down the shapes of packed weights that are whole on this rank when the backward pass begins."""
+    engine = build(LAYOUTS[name])
+    packed = {tuple(each.ds_shape) for each in engine.model.parameters() if is_held_in_4_bits(each)}
+    plain = engine._engine.backward
+    found: list[tuple[int, ...]] = []
+
+    def backward(*arguments: Any, **named: Any) -> Any:
+        gc.collect()
+        found.extend(tuple(each.shape) for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.shape in packed)
+        return plain(*arguments, **named)
+
+    engine._engine.backward = backward
+    train(engine, 0, 1)
+    (FOLDER / f"held_{name}_{comm.rank()}.json").write_text(json.dumps({"of": sorted(packed), "held": found}))
+    engine.close()
+
+
 def main() -> None:
     device, ranks = torch.device("cpu"), int(os.environ["WORLD_SIZE"])
     prepare_deepspeed(device, ranks)
     with comm.process_group(device, rank=int(os.environ["RANK"]), world_size=ranks, timeout_seconds=60):
         for each in sys.argv[2:]:
             what, *names = each.split(":")
-            {"save": save, "resume": resume}[what](*names)
+            {"save": save, "resume": resume, "held": held}[what](*names)
             comm.gather_objects(None)
             shutil.rmtree(FOLDER / "nvme", ignore_errors=True)
 

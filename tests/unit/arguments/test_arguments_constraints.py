@@ -248,6 +248,26 @@ EXAMPLES = {
         '"init":',
         run(adapter__lora={"init": "pissa", "rslora": True}),
     ),
+    "quantized_needs_an_adapter": (
+        run(model__quantize="nf4", adapter__freeze={"last_layers": 1}),
+        '"quantize":',
+        run(model__quantize="nf4", adapter__vera={}),
+    ),
+    "quantized_gives_no_part_away": (
+        run(model__quantize="nf4", adapter__lora={"init": "pissa"}),
+        '"init":',
+        run(model__quantize="nf4", adapter__lora={"init": "zero"}),
+    ),
+    "quantized_dora_is_not_sharded": (
+        zero(3, {"model__quantize": "nf4", "adapter__lora": {"dora": True}}),
+        '"dora":',
+        zero(2, {"model__quantize": "nf4", "adapter__lora": {"dora": True}}),
+    ),
+    "quantized_is_not_swapped": (
+        zero(3, {"model__quantize": "nf4", "adapter__lora": {"rank": 4}}, offload_param=NVME),
+        '"device":',
+        zero(3, {"model__quantize": "nf4", "adapter__lora": {"rank": 4}}, offload_param={"device": "cpu"}),
+    ),
     "feedforward_modules_are_targets": (
         run(adapter__ia3={"target_modules": ["k_proj"], "feedforward_modules": ["up_proj"]}),
         '"feedforward_modules":',
