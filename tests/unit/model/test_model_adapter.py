@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from ds_trainer import export
-from ds_trainer.arguments.schema import AdapterSection, LoraSection
+from ds_trainer.arguments.schema import AdapterSection, LoraSection, ModelSection
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load
 from ds_trainer.model.adapter import add_adapter, in_place_of, main_part
@@ -87,7 +87,8 @@ def test_what_took_a_part_out_of_the_base_is_exported_as_lora_of_the_untouched_b
     monkeypatch.setattr(load, "load_config", lambda section: None)
     monkeypatch.setattr(load, "load_pretrained", lambda *_, **__: build())
     monkeypatch.setattr(export, "grow_vocabulary", lambda *_: None)
-    run = SimpleNamespace(adapter=AdapterSection(lora=lora), lora=lora, model=None, train=SimpleNamespace(seed=0, stage="sft"))
+    train = SimpleNamespace(seed=0, stage="sft")
+    run = SimpleNamespace(adapter=AdapterSection(lora=lora), lora=lora, model=ModelSection(path="x"), train=train)
     plain = export.rebuild(SimpleNamespace(slices=Reader, path="x"), run, None)
     assert plain.peft_config["default"].r == 8
     with torch.no_grad():
