@@ -40,6 +40,9 @@ def require_agreement(prepared: Prepared) -> None:
 def facts_of(prepared: Prepared) -> dict[str, Any]:
     """What all ranks must have in common, by name; as JSON."""
     tokenizer = prepared.data.tokenizer
+    packages = ["torch", "deepspeed", "transformers", "peft", "numpy"]
+    if prepared.resolved.settings.model.quantize:
+        packages.append("bitsandbytes")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return {
         "settings": {path: each["value"] for path, each in resolved_as_json(prepared.resolved).items()},
@@ -50,7 +53,7 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
         "tokenizer": digest([len(tokenizer), backend.to_str() if backend else tokenizer.get_vocab()]),
         "version of python": platform.python_version(),
         "version of ds_trainer": __version__,
-        **{f"version of {name}": version(name) for name in ("torch", "deepspeed", "transformers", "peft", "numpy")},
+        **{f"version of {name}": version(name) for name in packages},
         "environment": {name: os.environ.get(name) for name in COMMON_VARIABLES},
     }
 

@@ -70,7 +70,9 @@ def run_file(stage: str, adapter: dict | None, objective: dict | None, quantize:
     return path
 
 
-def commands(stage: str, adapter: dict | None, objective: dict | None, quantize: str | None, folder: Path) -> dict[str, list[str]]:
+def commands(
+    stage: str, adapter: dict | None, objective: dict | None, quantize: str | None, folder: Path
+) -> dict[str, list[str]]:
     config = ["--config", str(run_file(stage, adapter, objective, quantize, folder))]
     zero3, zero2 = (["--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in (3, 2))
     program = [sys.executable, "-m", "ds_trainer"]

@@ -503,14 +503,6 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "peft 0.21, utils/integrations.py, dequantize_module_weight",
     ),
     Constraint(
-        "quantized_is_not_swapped",
-        "deepspeed.zero_optimization.offload_param.device",
-        lambda v: v.settings.model.quantize is not None and v.ds("zero_optimization.offload_param.device") == "nvme",
-        "weights in 4 bits (model.quantize) on nvme have not been tried, and are a quarter of what they were. "
-        'Write "cpu", or remove offload_param.',
-        "tests/ranks/test_adapters.py has no such layout",
-    ),
-    Constraint(
         "feedforward_modules_are_targets",
         "adapter.ia3.feedforward_modules",
         lambda v: (

@@ -33,7 +33,7 @@ from typing import Any
 
 MARK = "ds_trainer-doctor:"
 """Begins every line of ours: a login may print anything else."""
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors", "numpy", "bitsandbytes")
 LEFTOVER = re.compile(
     r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|LOCAL_SIZE|MASTER_(ADDR|PORT)|CROSS_(RANK|SIZE)|"
     r"(TORCHELASTIC|ACCELERATE|OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD)_.*"

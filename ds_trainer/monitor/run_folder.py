@@ -192,10 +192,13 @@ def now() -> str:
 def environment(extra: dict[str, Any]) -> dict[str, Any]:
     """Versions, host and devices of this start."""
     from importlib.metadata import version
+    from importlib.util import find_spec
 
     import torch
 
-    packages = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+    packages = ["torch", "deepspeed", "transformers", "peft", "tokenizers", "safetensors", "numpy"]
+    if find_spec("bitsandbytes"):
+        packages.append("bitsandbytes")
     cuda = torch.cuda.is_available()
     return {
         "time": now(),

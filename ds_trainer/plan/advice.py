@@ -40,6 +40,9 @@ def stages_and_offloads(written: Iterable[str]) -> Iterator[tuple[str, tuple[str
         yield words, (*settings, *(only_stage3 if stage < 3 else only_below))
 
 
+_PACKED = "the frozen base is held in 4 bits, which are not quite its weights"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """A change, not yet checked."""
@@ -73,6 +76,12 @@ def candidates(batch: BatchPlan, holding: Holding, resolved: Resolved, cluster: 
     if settings.adapter is None and settings.model.path is not None:
         words = "trains small matrices beside the frozen model instead of all weights"
         yield (Candidate(settings=("adapter.lora.rank=16",), words=words, keeps_update=False),)
+        packed = Candidate(
+            settings=("adapter.lora.rank=16", "model.quantize=nf4"), words=f"{words}; {_PACKED}", keeps_update=False
+        )
+        yield (packed,)
+    elif settings.adapter is not None and settings.adapter.beside and settings.model.quantize is None:
+        yield (Candidate(settings=("model.quantize=nf4",), words=_PACKED, keeps_update=False),)
     whole = settings.train.global_batch_size is not None
     for factor in (2, 4, 8, 16):
         words = "more machines" + ("" if whole else ": the global batch grows with them")

@@ -95,6 +95,7 @@ def _head(plan: Plan) -> list[str]:
         if shape.trained < shape.total
         else ", all trained"
     )
+    part += f", {shape.packed / shape.total:.0%} held in 4 bits" if shape.packed else ""
     return [
         f"model    {shape.model_type}, {shape.total:,} parameters{part}",
         f"engine   {', '.join([f'ZeRO-{zero_stage(plan.resolved)}', *kept, plan.resolved.settings.train.precision])}"

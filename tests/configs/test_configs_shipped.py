@@ -94,11 +94,14 @@ def test_deepspeed_takes_every_combination(example, json_file, precision, device
     assert taken.zero_config.model_fields_set >= {key for key in written["zero_optimization"] if not key.startswith("stage3_")}
 
 
-@pytest.mark.parametrize(("name", "nodes", "gpus"), [("lora", 1, 1), ("sft", 1, 8), ("dpo", 8, 8)])
-def test_the_examples_of_an_8b_model_fit_the_gpus_they_are_for(name, nodes, gpus, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "nodes", "gpus", "memory"),
+    [("qlora", 1, 1, "24GiB"), ("lora", 1, 1, "80GiB"), ("sft", 1, 8, "80GiB"), ("dpo", 8, 8, "80GiB")],
+)
+def test_the_examples_of_an_8b_model_fit_the_gpus_they_are_for(name, nodes, gpus, memory, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     words = ["plan", "--config", f"examples/llama_8b_{name}.yaml", "--nodes", str(nodes), "--gpus", str(gpus)]
     with pytest.raises(SystemExit) as left:
-        main([*words, "--gpu-memory", "80GiB", "--json", f"model.path={tmp_path}"])
+        main([*words, "--gpu-memory", memory, "--json", f"model.path={tmp_path}"])
     assert left.value.code == 0, "8 when it does not fit"
     assert json.loads(capsys.readouterr().out)["model"]["parameters"] >= 8_030_261_248

@@ -263,11 +263,6 @@ EXAMPLES = {
         '"dora":',
         zero(2, {"model__quantize": "nf4", "adapter__lora": {"dora": True}}),
     ),
-    "quantized_is_not_swapped": (
-        zero(3, {"model__quantize": "nf4", "adapter__lora": {"rank": 4}}, offload_param=NVME),
-        '"device":',
-        zero(3, {"model__quantize": "nf4", "adapter__lora": {"rank": 4}}, offload_param={"device": "cpu"}),
-    ),
     "feedforward_modules_are_targets": (
         run(adapter__ia3={"target_modules": ["k_proj"], "feedforward_modules": ["up_proj"]}),
         '"feedforward_modules":',

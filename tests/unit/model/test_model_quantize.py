@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
 from ds_trainer.arguments.schema import AdapterSection, ModelSection
+from ds_trainer.assemble import require_unchanged
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load, quantize
 from ds_trainer.model.adapter import add_adapter
@@ -174,6 +175,14 @@ def test_a_quantized_checkpoint_is_refused_with_what_to_give_instead(base, tmp_p
     loaded(base).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"its weights are quantized \(bitsandbytes\).* with model\.quantize: nf4"):
         load.load_config(ModelSection(path=str(tmp_path), quantize="nf4"))
+
+
+def test_an_engine_that_computes_something_else_is_refused_in_either_pass():
+    states = torch.linspace(-1, 1, 64)
+    require_unchanged(states, [states, states * (1 + 1e-5)])
+    for wrong in ([states * 1.01, states], [states, states * 1.01], [states, states * torch.nan]):
+        with pytest.raises(ModelError, match=r"the weights in 4 bits compute something else than before.*zero2\.json"):
+            require_unchanged(states, wrong)
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):

@@ -192,3 +192,23 @@ def test_other_architectures_are_traced_by_their_own_code(fields):
 def test_a_model_that_cannot_be_traced_is_refused_in_words():
     with pytest.raises(ModelError, match="cannot be traced without its weights"):
         traced(model=section(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=8, moe_intermediate_size=32))
+
+
+@pytest.mark.parametrize(("precision", "to_an_element"), [("fp32", 8), ("bf16", 4)])
+def test_weights_in_4_bits_are_counted_as_parameters_and_as_what_they_take(precision, to_an_element):
+    quantized = json.dumps({**json.loads(section()), "quantize": "nf4"})
+    plain, found = read_shape(section(), LORA, precision), read_shape(quantized, LORA, precision)
+    linear = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
+    assert found.packed == linear
+    assert (found.total, found.trained, found.flops) == (plain.total, plain.trained, plain.flops)
+    assert found.held == plain.held - linear + linear // to_an_element
+    scales = linear / 64 + 4 * linear / (64 * 256)
+    assert found.buffers_bytes == pytest.approx(plain.buffers_bytes + scales, abs=1)
+
+
+def test_a_weight_in_4_bits_is_whole_only_while_it_is_multiplied():
+    wide = section(vocab_size=8, intermediate_size=4096)  # so that it is one of them at which the most is held
+    quantized = json.dumps({**json.loads(wide), "quantize": "nf4"})
+    plain, found = traced(adapter=LORA, model=wide), traced(adapter=LORA, model=quantized)
+    assert found.forward == plain.forward
+    assert 0 < found.total - plain.total <= 4 * 4096 * HIDDEN

@@ -94,6 +94,21 @@ def test_advice_is_the_cheapest_that_is_enough(plan_of):
     assert first.settings == ("deepspeed.zero_optimization.stage=3",) or first.settings[0].startswith("train.micro_batch_size=")
 
 
+def test_a_base_that_is_too_large_for_lora_is_advised_to_be_held_in_4_bits(plan_of, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA_8B))
+    sections = of_8b(adapter={"lora": {"rank": 8}}) | {"model": None, "base": tmp_path / "base"}
+    sections["train"] |= {"micro_batch_size": 1, "global_batch_size": 1}
+    plan = plan_of("model.gradient_checkpointing=true", cluster=gpus(1, 16, host_bytes=2**40), **sections)
+    assert not plan.fits
+    change = next(each for each in changes_that_fit(plan) if each.settings == ("model.quantize=nf4",))
+    assert not change.keeps_update
+    assert change.plan.shape.total == plan.shape.total
+    saved = plan.memory.device["update"]["weights"] - change.plan.memory.device["update"]["weights"]
+    assert saved == 1.5 * change.plan.shape.packed  # half a byte instead of two
+    assert "% held in 4 bits" in render.as_text(change.plan)
+
+
 def test_no_advice_where_nothing_helps(plan_of):
     plan = plan_of(cluster=gpus(1, 0.5, host_bytes=GIB), **of_8b())
     assert changes_that_fit(plan) == []
