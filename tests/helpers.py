@@ -141,6 +141,19 @@ def write_corpus(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
+def write_base(corpus: Path, folder: Path) -> Path:
+    """Write a folder with a small pretrained model, always the same, and the tokenizer of the corpus; returns it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    fields = dict(TINY_LLAMA)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(folder)
+    return folder
+
+
 def write_run(corpus: Path, folder: Path, name: str = "run", **sections: dict[str, Any] | None) -> Path:
     """Write a small run file into a folder; keyword arguments replace or extend its sections."""
     run: dict[str, Any] = {

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY_LLAMA, clean_environment, metrics, run_command, torchrun
+from helpers import ROOT, TINY_LLAMA, clean_environment, metrics, run_command, torchrun, write_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -22,17 +22,29 @@ def on_gpu(*arguments: str, cwd, timeout=300, **variables):
     return run_command(list(arguments), cwd=cwd, env=environment, timeout=timeout)
 
 
+def require_exact_resume(run, folder) -> None:
+    launch = "torchrun --standalone --nproc-per-node 1 -m"
+    done = on_gpu(*PROGRAM, "verify", "--resume", "--config", str(run), "--steps", "3", "--launch", launch, cwd=folder)
+    log = folder / "run" / "verify.log"
+    assert done.code == 0, done.text + (log.read_text()[-3000:] if log.exists() else "")
+    assert "PROVED" in done.out
+
+
 @pytest.mark.parametrize("config", ["zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_a_resume_is_exact(run_file, corpus, tmp_path, config):
     block = json.loads((ROOT / "ds_configs" / f"{config}.json").read_text())
     model = {"config": {**TINY_LLAMA, "max_position_embeddings": 1024}, "tokenizer": str(corpus / "tokenizer")}
     train = {"precision": "bf16", "max_steps": 50, "warmup_steps": 2}
-    run = run_file("run", model=model, train=train, data={"seq_len": 512}, deepspeed=block)
-    launch = "torchrun --standalone --nproc-per-node 1 -m"
-    done = on_gpu(*PROGRAM, "verify", "--resume", "--config", str(run), "--steps", "3", "--launch", launch, cwd=tmp_path)
-    log = tmp_path / "run" / "verify.log"
-    assert done.code == 0, done.text + (log.read_text()[-3000:] if log.exists() else "")
-    assert "PROVED" in done.out
+    require_exact_resume(run_file("run", model=model, train=train, data={"seq_len": 512}, deepspeed=block), tmp_path)
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_a_resume_beside_a_base_in_4_bits_is_exact(run_file, corpus, tmp_path, config):
+    pytest.importorskip("bitsandbytes")
+    model = {"path": str(write_base(corpus, tmp_path / "base")), "quantize": "nf4"}
+    train = {"precision": "bf16", "max_steps": 50, "warmup_steps": 2}
+    block = json.loads((ROOT / "ds_configs" / f"{config}.json").read_text())
+    require_exact_resume(run_file("run", model=model, adapter={"lora": {"rank": 4}}, train=train, deepspeed=block), tmp_path)
 
 
 def test_activations_kept_on_the_host_change_nothing(run_file, tmp_path):

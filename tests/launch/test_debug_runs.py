@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from forks import Command, Forks
-from helpers import TINY_LLAMA, metrics
+from helpers import TINY_LLAMA, metrics, write_base
 
 pytestmark = pytest.mark.launch
 
@@ -69,13 +69,7 @@ def test_one_process_sees_what_each_rank_saw_with_its_dropout(forks, run_file, c
 @pytest.fixture(scope="module")
 def base(corpus, tmp_path_factory) -> Path:
     """A folder with a small pretrained model and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-    folder = tmp_path_factory.mktemp("base")
-    fields = {name: value for name, value in TINY_LLAMA.items() if name != "model_type"}
-    AutoModelForCausalLM.from_config(LlamaConfig(**fields)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(folder)
-    return folder
+    return write_base(corpus, tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("kind", ["value", "slope"])

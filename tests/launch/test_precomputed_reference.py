@@ -6,18 +6,14 @@ import json
 
 import pytest
 from forks import Command, run_all
-from helpers import TINY_LLAMA, metrics
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from helpers import metrics, write_base
 
 
 def test_every_kind_of_reference_gives_the_same_losses(run_file, corpus, tmp_path):
     sources = {"dpo": str(corpus / "pairs.jsonl"), "kto": str(corpus / "labelled.jsonl")}
-    kind = dict(TINY_LLAMA)
-    config = AutoConfig.for_model(kind.pop("model_type"), **kind)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "base")
+    base = str(write_base(corpus, tmp_path / "base"))
     lora = {"adapter": {"lora": {"rank": 2, "alpha": 4.0, "target_modules": "all-linear"}}}
-    lora["model"] = {"path": str(tmp_path / "base")}
+    lora["model"] = {"path": base}
     commands = {}
     for name, stage, ranks, zero, extra in (
         ("dpo", "dpo", 2, 3, {}),

@@ -6,8 +6,7 @@ import json
 
 import pytest
 from forks import Command, run_all
-from helpers import TINY_LLAMA, metrics
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from helpers import metrics, write_base
 
 
 def lines_of(folder, key: str) -> list[float]:
@@ -16,16 +15,13 @@ def lines_of(folder, key: str) -> list[float]:
 
 
 def test_a_base_in_4_bits_trains_alike_at_each_stage_goes_on_and_is_merged(run_file, corpus, tmp_path):
-    kind = dict(TINY_LLAMA)
-    config = AutoConfig.for_model(kind.pop("model_type"), **kind)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "base")
+    base = str(write_base(corpus, tmp_path / "base"))
     held_out = {"sources": [{"path": str(corpus / "texts.jsonl")}], "every_steps": 1, "max_rows": 4}
     commands = {}
     for stage in (2, 3):
         run = run_file(
             f"zero{stage}",
-            model={"path": str(tmp_path / "base"), "quantize": "nf4"},
+            model={"path": base, "quantize": "nf4"},
             adapter={"lora": {"rank": 2, "alpha": 4.0}},
             train={"max_steps": 4, "precision": "fp32"},
             evaluate=held_out,

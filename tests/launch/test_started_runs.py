@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from forks import Command, run_all
-from helpers import TINY_LLAMA, clean_environment, free_port, metrics, run_command, torchrun
+from helpers import clean_environment, free_port, metrics, run_command, torchrun, write_base
 
 pytestmark = pytest.mark.launch
 
@@ -105,12 +105,9 @@ def test_both_launchers_and_debug_train_the_same_and_leave_a_whole_run_folder(ru
 
 def test_lora_under_zero3_on_a_terminal_then_exported_as_adapter_and_merged(run_file, corpus, tmp_path):
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.manual_seed(0)
-    fields = {name: value for name, value in TINY_LLAMA.items() if name != "model_type"}
-    AutoModelForCausalLM.from_config(LlamaConfig(**fields)).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "base")
+    write_base(corpus, tmp_path / "base")
     config = run_file(
         "sft",
         model={"path": "base"},
