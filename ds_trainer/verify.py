@@ -87,7 +87,7 @@ def verify_resume(resolved: Resolved, launch: str, *, arguments: list[str], step
     Args:
         resolved: the settings in force.
         launch: the launcher and its options, up to where the module's name stands.
-        arguments: what names the settings on the command line: `--config run.yaml train.seed=1`.
+        arguments: what names the settings on the command line: `--config run.yaml --set train.seed=1`.
         steps: optimizer steps before the checkpoint, and again after it.
         timeout: seconds that each of the two starts may take.
         report: takes a line for the user.
@@ -96,6 +96,8 @@ def verify_resume(resolved: Resolved, launch: str, *, arguments: list[str], step
         RefusedError: the run is shorter than the proof.
         TrainingError: a start did not come as far, or the resumed run computed something else.
     """
+    from ds_trainer.run_data import cache_folder_of
+
     settings = resolved.settings
     folder = Path(settings.checkpoint.folder) / "verify"
     max_steps = settings.train.max_steps
@@ -108,13 +110,16 @@ def verify_resume(resolved: Resolved, launch: str, *, arguments: list[str], step
     (folder.parent / "verify.log").unlink(missing_ok=True)
     ours = [
         f"checkpoint.folder={folder}",
+        f"data.cache_folder={cache_folder_of(settings)}",  # the run's own, so that nothing is tokenised twice
         f"checkpoint.every_steps={steps}",
         "checkpoint.keep_last=9",
         "monitor.log_every_steps=1",
         "train.deterministic=true",  # on a GPU two equal runs differ in their last bits otherwise
         *([f"evaluate.every_steps={steps}"] if settings.checkpoint.keep_best else []),  # where it saves
+        "checkpoint.resume=auto",
     ]
-    command = [*shlex.split(launch), "ds_trainer", "train", *arguments, *ours, "checkpoint.resume=auto"]
+    last = [word for each in ours for word in ("--set", each)]  # what stands in `arguments` must not overrule them
+    command = [*shlex.split(launch), "ds_trainer", "train", *arguments, *last]
     report(f"starting: {shlex.join(command)}")
     _train_and_kill(command, folder, until=2 * steps, lines_before=0, timeout=timeout, report=report)
     whole = _logged(folder)

@@ -46,11 +46,13 @@ def test_a_resume_is_proved_by_killing_a_run(run_file, corpus, tmp_path):
     held_out = {"sources": [{"path": str(corpus / "texts.jsonl")}], "every_steps": 10, "max_rows": 4}
     best = {"every_steps": 10, "keep_best": 1}  # the proof saves at other steps, and evaluates there too
     config = run_file("run", train={"max_steps": 50, "warmup_steps": 2}, evaluate=held_out, checkpoint=best)
-    done = run_command([*PROGRAM, "verify", "--resume", "--config", str(config), "--steps", "2"], cwd=tmp_path, timeout=170)
+    asked = ["--set", f"checkpoint.folder={tmp_path / 'run'}", "--set", "checkpoint.every_steps=20", "--set", "train.seed=1"]
+    command = [*PROGRAM, "verify", "--resume", "--config", str(config), "--steps", "2", *asked]
+    done = run_command(command, cwd=tmp_path, timeout=170)
     assert done.code == 0, done.text
     assert "step_00000002" in done.out
     assert "PROVED: a run that was killed and resumed from step 2 computed loss and gradient norm of steps 3 to 4" in done.out
-    assert not (tmp_path / "run" / "verify").exists()
+    assert list((tmp_path / "run").iterdir()) == [], "nothing of the proof is left, and nothing was trained beside it"
 
     short = run_command([*PROGRAM, "verify", "--resume", "--config", str(config), "--steps", "30"], cwd=tmp_path)
     assert short.code == 2
