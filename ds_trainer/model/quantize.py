@@ -157,10 +157,11 @@ def held_numel(parameter: Tensor) -> int:
 
 
 def fits_4_bits(model: Any) -> Iterator[nn.Linear]:
-    """The layers of a model (before any adapter) whose weights are held in 4 bits where that is asked for.
+    """The layers of a model (before any adapter) whose weights transformers would have held in 4 bits: linear, not the head."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    All linear ones but the head. Source: transformers 5.23, quantizers/base.py, `get_keys_to_not_convert`.
-    """
+    others = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not model.get_output_embeddings() and name != "score":
+        if isinstance(module, nn.Linear) and should_convert_module(name, others):
             yield module
