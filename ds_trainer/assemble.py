@@ -209,7 +209,6 @@ def build(prepared: Prepared, report: Report) -> Engine:
     in_4_bits = f", {packed / total:.0%} held in 4 bits" if packed else ""
     report(f"model: {prepared.model_config.model_type}, {total:,} parameters, {trained:,} of them trained{in_4_bits}; {loss}")
     before = states_of_probe(prepared, model.to(prepared.device).eval()) if packed else None
-    model.train()
     engine = build_engine(
         model,
         objective=objective_of(prepared, report),

@@ -1,13 +1,12 @@
 """A frozen base whose linear layers are held in 4 bits (QLoRA), so that an adapter can be trained beside a large model.
 
 Source: Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs": NF4 in blocks of 64 weights, whose scales are
-quantized once more in blocks of 256. bitsandbytes holds and multiplies them.
+quantized once more in blocks of 256. bitsandbytes packs and unpacks them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -146,22 +145,20 @@ def elements(packed: int, width: int) -> int:
 
 
 def mark(model: Any) -> None:
-    """Say of the weights of a plain model which of them a run holds in 4 bits, and in how many elements: `held_numel`."""
-    for layer in fits_4_bits(model):
-        layer.weight.held_numel = elements(layer.weight.numel(), layer.weight.element_size())  # type: ignore[attr-defined]
+    """Say of the weights of a plain model which of them a run holds in 4 bits, and in how many elements: `held_numel`.
 
-
-def held_numel(parameter: Tensor) -> int:
-    """How many elements a weight of a plain model takes in a run."""
-    return int(getattr(parameter, "held_numel", parameter.numel()))
-
-
-def fits_4_bits(model: Any) -> Iterator[nn.Linear]:
-    """The layers of a model (before any adapter) whose weights transformers would have held in 4 bits: linear, not the head."""
+    They are those that transformers would pack: of linear layers, but not of the head. Before any adapter.
+    """
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     others = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and should_convert_module(name, others):
-            yield module
+            weight: Any = module.weight
+            weight.held_numel = elements(weight.numel(), weight.element_size())
+
+
+def held_numel(parameter: Tensor) -> int:
+    """How many elements a weight of a plain model takes in a run."""
+    return int(getattr(parameter, "held_numel", parameter.numel()))

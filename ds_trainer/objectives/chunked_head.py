@@ -56,8 +56,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             picked = log_probs.gather(-1, target)
             total -= picked.sum()
             if grad_hidden is None and grad_weight is None:
+                del log_probs  # or it would lie beside the next chunk's
                 continue
             grad_logits = _exp_as(log_probs, hidden.dtype)
+            del log_probs
             grad_logits.scatter_(-1, target, picked.expm1().to(hidden.dtype))
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0, dtype=wide)
@@ -65,6 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.T, part)
+            del grad_logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -125,6 +128,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             result[part] = log_probs.gather(-1, targets[part, None])[:, 0]
             if entropy:
                 entropies[part] = -log_probs.exp().mul_(log_probs).sum(dim=-1)
+            del log_probs
         ctx.save_for_backward(hidden, weight, bias, targets, result)
         ctx.rows = rows
         ctx.mark_non_differentiable(entropies)
@@ -144,12 +148,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
             probs = nn.functional.linear(hidden[part], weight, bias).softmax(dim=-1, dtype=wide)
             probs.scatter_(-1, targets[part, None], result[part, None].expm1())
             grad_logits = torch.mul(probs, -scales[part, None], out=torch.empty_like(probs, dtype=hidden.dtype))
+            del probs
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0, dtype=wide)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.T, hidden[part])
+            del grad_logits
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
