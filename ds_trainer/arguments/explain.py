@@ -38,7 +38,6 @@ ALIASES = {
     "full_determinism": "train.deterministic",
     "simpo_gamma": "objective.gamma",
     "load_in_4bit": "model.quantize: nf4",
-    "load_in_8bit": "model.quantize: nf4",
     "bnb_4bit_quant_type": "model.quantize: nf4",
     "quantization_bit": "model.quantize: nf4",
     "quant_bits": "model.quantize: nf4",

@@ -278,6 +278,7 @@ RUN_FILE_PROBLEMS = [
     ("model", "revision: [a]", 'model.revision = ["a"] must be text'),
     ("model", 'revision: ""', 'model.revision = "" must not be empty'),
     ("model", "config: 3", "model.config = 3 does not fit; write the path of a config.json, or a block with `model_type"),
+    ("model", "quantize: int8", """model.quantize = "int8" can only be 'nf4'; with 8 bits, bitsandbytes computes one thing"""),
     ("adapter", "lora: {target_modules: all-linera}", 'target_modules = "all-linera" does not fit; write `all-linear` or'),
     ("adapter", "lora: {target_modules: [1]}", "target_modules = [1] does not fit"),
     ("adapter", "lora: 3", "adapter.lora = 3 must be a block of settings; write for example `lora: {rank: 16}`"),
