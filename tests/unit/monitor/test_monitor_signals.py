@@ -18,6 +18,7 @@ import os, signal, sys, time
 from pathlib import Path
 from ds_trainer.monitor import signals
 from ds_trainer.monitor.parents import Parents
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests may have been started without, by nohup
 signals.SAME_SECONDS, signals.LEAVING_SECONDS, signals.ORPHAN_SECONDS, signals._POLL_SECONDS = 0.5, 0.5, 0.5, 0.1
 requests = signals.StopRequests(
     end=lambda reason: (print("ended for", reason, flush=True), os._exit(9)),
