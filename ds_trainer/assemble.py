@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from ds_trainer.engine.wrapper import Engine
 from ds_trainer.errors import ArgumentsError, ModelError
 from ds_trainer.launch.detect import Launch
 from ds_trainer.model import attention, load, quantize
-from ds_trainer.model.adapter import add_adapter, base_of
+from ds_trainer.model.adapter import add_adapter, base_of, refuse_dora
 from ds_trainer.model.layers import WholeLayers, expert_blocks, meta_model
 from ds_trainer.model.layers import whole_layers as find_whole_layers
 from ds_trainer.model.noise import add_noise
@@ -96,6 +97,8 @@ def prepare(resolved: Resolved, launch: Launch, report: Report, *, batch: BatchP
         raise ArgumentsError(problems)
     if settings.model.quantize:
         quantize.require_library()
+        if zero_stage(resolved) == 3 and settings.lora and settings.lora.path:
+            refuse_dora(Path(settings.lora.path))
 
     require_precision(settings.train.precision)
     model_config = load.load_config(settings.model)
@@ -304,16 +307,6 @@ def adapted(prepared: Prepared, model: torch.nn.Module) -> torch.nn.Module:
     built: torch.nn.Module = add_adapter(
         model, settings.adapter, settings.train.seed, gather if sharded else None, value_head=value_head
     )
-    adapters = getattr(built, "peft_config", {}).values()
-    if (
-        settings.model.quantize
-        and zero_stage(prepared.resolved) == 3
-        and any(getattr(each, "use_dora", False) for each in adapters)
-    ):
-        raise ModelError(  # a constraint of the settings says why
-            "adapter.lora.path names an adapter with DoRA, which does not train at ZeRO-3 beside weights in 4 bits "
-            "(model.quantize). Use --deepspeed ds_configs/zero2.json, or remove model.quantize."
-        )
     return built
 
 

@@ -74,19 +74,20 @@ def export(run: Path, to: Path, *, checkpoint: str | None, merge: bool, precisio
     report(f"exporting {found.path} (step {found.manifest['step']}) in {precision}")
     try:
         tokenizer = load_tokenizer(settings.model)
+        batches = batches_of_probe(found, settings, tokenizer)
         if settings.adapter is None and not load.has_converted_weights(settings.model):
             write_in_parts(found, settings, tokenizer, partial, precision)
         else:
             model = rebuild(found, settings, tokenizer)
             if settings.model.quantize:
-                report(lost_in_4_bits(model, found, settings, tokenizer, merge=merge))
+                report(lost_in_4_bits(model, batches, settings, merge=merge))
             if merge:
                 model = model.merge_and_unload()
             write(model.to(getattr(torch, DTYPES[precision])), settings, partial, precision)
             del model
         write_tokenizer(tokenizer, settings, partial)
         reloaded = reload(partial, settings, adapter=beside and not merge, precision=precision)
-        verify(reloaded, tokenizer, found, settings, precision, report)
+        verify(reloaded, batches, found, settings, precision, report)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
@@ -253,9 +254,9 @@ def rebuild(found: Found, settings: RunSettings, tokenizer: Any) -> Any:
     return model.eval()
 
 
-def lost_in_4_bits(model: Any, found: Found, settings: RunSettings, tokenizer: Any, *, merge: bool) -> str:
+def lost_in_4_bits(model: Any, batches: list[MicroBatch], settings: RunSettings, *, merge: bool) -> str:
     """Round the base of a rebuilt model to what the run held in 4 bits; returns what that changes, for the user."""
-    batches, kind, path = batches_of_probe(found, settings, tokenizer), settings.model.quantize, settings.model.path
+    kind, path = settings.model.quantize, settings.model.path
     before, _ = measured(model, batches, settings)
     off = quantize.round_to_4_bits(model, settings.train.precision)
     after, _ = measured(model, batches, settings)
@@ -313,14 +314,14 @@ def reload(folder: Path, settings: RunSettings, *, adapter: bool, precision: str
     return PeftModel.from_pretrained(base, str(folder))
 
 
-def verify(model: Any, tokenizer: Any, found: Found, settings: RunSettings, precision: str, report: Report) -> None:
+def verify(model: Any, batches: list[MicroBatch], found: Found, settings: RunSettings, precision: str, report: Report) -> None:
     """Compare what the reloaded model computes with what the training engine wrote into the checkpoint.
 
     Raises:
         CheckpointError: they differ by more than rounding.
     """
     probe = found.manifest["probe"]
-    found_now, count = measured(model, batches_of_probe(found, settings, tokenizer), settings)
+    found_now, count = measured(model, batches, settings)
     expected = {name: probe["loss"] if name == "loss" else probe["metrics"][name] for name in found_now}
     for name, ours in found_now.items():
         theirs = f"{expected[name]:.6f} in the training engine"

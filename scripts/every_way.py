@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,12 +48,22 @@ ADAPTERS = {
 PRECOMPUTED = {"reference": "precomputed"}
 
 
-def run_file(stage: str, adapter: dict | None, objective: dict | None, quantize: str | None, folder: Path) -> Path:
+@dataclass(frozen=True)
+class Case:
+    """What a row runs."""
+
+    stage: str
+    adapter: dict | None = None
+    objective: dict | None = None
+    quantize: str | None = None
+
+
+def run_file(case: Case, folder: Path) -> Path:
     run = {
-        "model": {"path": str(BASE), "quantize": quantize},
-        "data": {"sources": [{"path": str(CORPUS / f"{FILES.get(stage, 'preferences_train')}.jsonl")}], "seq_len": 512},
+        "model": {"path": str(BASE), "quantize": case.quantize},
+        "data": {"sources": [{"path": str(CORPUS / f"{FILES.get(case.stage, 'preferences_train')}.jsonl")}], "seq_len": 512},
         "train": {
-            "stage": stage,
+            "stage": case.stage,
             "max_steps": 2,
             "global_batch_size": 4,
             "micro_batch_size": 1,
@@ -62,18 +73,16 @@ def run_file(stage: str, adapter: dict | None, objective: dict | None, quantize:
         },
         "checkpoint": {"folder": str(folder / "run")},
         "monitor": {"log_every_steps": 1},
-        **({"adapter": adapter} if adapter else {}),
-        **({"objective": objective} if objective else {}),
+        **({"adapter": case.adapter} if case.adapter else {}),
+        **({"objective": case.objective} if case.objective else {}),
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     return path
 
 
-def commands(
-    stage: str, adapter: dict | None, objective: dict | None, quantize: str | None, folder: Path
-) -> dict[str, list[str]]:
-    config = ["--config", str(run_file(stage, adapter, objective, quantize, folder))]
+def commands(case: Case, folder: Path) -> dict[str, list[str]]:
+    config = ["--config", str(run_file(case, folder))]
     zero3, zero2 = (["--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in (3, 2))
     program = [sys.executable, "-m", "ds_trainer"]
     run = str(folder / "run")
@@ -85,19 +94,19 @@ def commands(
         "verify": [*program, "verify", run],
         "export": [*export, str(folder / "export")],
     }
-    if adapter and "freeze" not in adapter:
+    if case.adapter and "freeze" not in case.adapter:
         found["merge"] = [*export, str(folder / "merged"), "--merge"]
     return found
 
 
-def row(stage: str, adapter: dict | None, objective: dict | None = None, quantize: str | None = None) -> dict[str, str]:
+def row(case: Case) -> dict[str, str]:
     """What each command came to: "yes", or its last words."""
     folder = WORK / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options: dict = {"cwd": WORK, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdin": subprocess.DEVNULL, "timeout": 300}
     found = {}
-    for name, command in commands(stage, adapter, objective, quantize, folder).items():
+    for name, command in commands(case, folder).items():
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         text = done.stdout + done.stderr
         went_on = name != "deepspeed" or "RESUMING from" in text
@@ -107,7 +116,7 @@ def row(stage: str, adapter: dict | None, objective: dict | None = None, quantiz
         said = re.findall(r"^ds_trainer: .*(?:\n  .*)*", text, re.MULTILINE)
         found[name] = f"code {done.returncode}: {said[0] if said else text[-1500:]}"
         return found
-    if (stage, adapter, quantize) == ("sft", ADAPTERS["lora"], None):
+    if case == Case("sft", ADAPTERS["lora"]):
         shutil.copytree(folder / "export", ADAPTERS["path"]["lora"]["path"], dirs_exist_ok=True)
     return found
 
@@ -118,19 +127,21 @@ def main() -> None:
     only = parser.parse_args().only
     if not BASE.is_dir():
         sys.exit(f"{BASE} is not there; run scripts/quickstart.sh first")
-    cases: dict[str, tuple] = {stage: (stage, None) for stage in STAGES}
-    cases |= {f"{stage} with LoRA": (stage, ADAPTERS["lora"]) for stage in STAGES if stage not in ("pretrain", "sft")}
-    cases |= {f"sft with {name}": ("sft", adapter) for name, adapter in ADAPTERS.items()}
-    cases |= {f"dpo with {name}": ("dpo", ADAPTERS[name]) for name in ("pissa", "freeze", "ia3")}
-    cases |= {f"{stage} precomputed": (stage, None, PRECOMPUTED) for stage in ("dpo", "kto")}
+    cases = {stage: Case(stage) for stage in STAGES}
+    cases |= {f"{stage} with LoRA": Case(stage, ADAPTERS["lora"]) for stage in STAGES if stage not in ("pretrain", "sft")}
+    cases |= {f"sft with {name}": Case("sft", adapter) for name, adapter in ADAPTERS.items()}
+    cases |= {f"dpo with {name}": Case("dpo", ADAPTERS[name]) for name in ("pissa", "freeze", "ia3")}
+    cases |= {f"{stage} precomputed": Case(stage, objective=PRECOMPUTED) for stage in ("dpo", "kto")}
     quantized = [("sft", "lora"), ("dpo", "lora"), ("reward", "lora"), ("sft", "lora+"), ("sft", "vera"), ("dpo", "path")]
-    cases |= {f"{stage} with {name} on nf4": (stage, ADAPTERS[name], None, "nf4") for stage, name in quantized}
-    cases["dpo with lora precomputed"] = ("dpo", ADAPTERS["lora"], PRECOMPUTED)
-    cases = {name: case for name, case in cases.items() if not only or any(word in name.split() for word in only)}
+    cases |= {f"{stage} with {name} on nf4": Case(stage, ADAPTERS[name], quantize="nf4") for stage, name in quantized}
+    cases["dpo with lora precomputed"] = Case("dpo", ADAPTERS["lora"], PRECOMPUTED)
+    chosen = {name: case for name, case in cases.items() if not only or any(word in name.split() for word in only)}
+    if any(case.adapter == ADAPTERS["path"] for case in chosen.values()):
+        chosen = {"sft with lora": cases["sft with lora"], **chosen}  # whose export they go on from
     rows = {}
-    for name, case in cases.items():
+    for name, case in chosen.items():
         begun = time.monotonic()
-        rows[name] = row(*case)
+        rows[name] = row(case)
         print(f"{name:26} {time.monotonic() - begun:4.0f} s  {rows[name]}", flush=True)
     shutil.rmtree(WORK, ignore_errors=True)
     failed = [name for name, each in rows.items() if set(each.values()) != {"yes"}]

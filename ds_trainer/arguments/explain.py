@@ -127,9 +127,9 @@ def _rule(detail: Any, node: Located, name: str) -> str:
         return f"is too long; {_example(name)}"
     if kind in ("literal_error", "enum"):
         expected = str(context.get("expected", "")).replace(" or ", ", ")
-        near = difflib.get_close_matches(str(value), [word.strip("' ") for word in expected.split(",")], n=1)
         if "," not in expected:
             return f"can only be {expected}; {_example(name)}"
+        near = difflib.get_close_matches(str(value), [word.strip("' ") for word in expected.split(",")], n=1)
         return f"must be one of {expected}" + (f"; did you mean `{near[0]}`?" if near else "")
     for bound, word in (("ge", "at least"), ("gt", "greater than"), ("le", "at most"), ("lt", "less than")):
         if bound in context:

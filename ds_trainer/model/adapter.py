@@ -222,6 +222,19 @@ def existing_config(folder: Path) -> Any:
     return config
 
 
+def refuse_dora(folder: Path) -> None:
+    """Refuse to go on from an adapter with DoRA beside weights in 4 bits that ZeRO-3 shards; a constraint says why.
+
+    Raises:
+        ModelError: it has DoRA, or cannot be read.
+    """
+    if existing_config(folder).use_dora:
+        raise ModelError(
+            f"adapter.lora.path = {folder}: is an adapter with DoRA, which does not train at ZeRO-3 beside weights in 4 bits "
+            "(model.quantize). Use --deepspeed ds_configs/zero2.json, or remove model.quantize."
+        )
+
+
 @torch.no_grad()
 def load_adapter(model: Any, folder: Path, gather: Gather | None) -> None:
     """Fill the adapter of a peft model from a folder. Collective where weights are sharded.

@@ -13,6 +13,7 @@ from ds_trainer.plan.holding import Holding
 
 _ZERO = "deepspeed.zero_optimization."
 NVME = "out/nvme"
+_PACKED = "the frozen base is held in 4 bits, which are not quite its weights"
 
 
 def stages_and_offloads(written: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -38,9 +39,6 @@ def stages_and_offloads(written: Iterable[str]) -> Iterator[tuple[str, tuple[str
             f"{_ZERO}offload_param={off[weights]}",
         ]
         yield words, (*settings, *(only_stage3 if stage < 3 else only_below))
-
-
-_PACKED = "the frozen base is held in 4 bits, which are not quite its weights"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -112,13 +112,11 @@ def rank_memory(
             parts |= frozen
         pages = {"pages of their files": file_bytes} if file_bytes else {}
         if read_whole != "by nobody":
-            phases["loading"] = {"process": float(CPU_PROCESS), "weights as they are built": whole}
+            phases["loading"] = {"process": float(CPU_PROCESS), "weights as they are built": whole, **pages}
         if shape.packed:  # those that are not packed lie in the pages of their file, and keep it there
             for parts in phases.values():
                 parts |= pages
             phases["loading"]["a weight as it is packed"] = 8.0 * largest_packed  # two copies in fp32
-        elif read_whole != "by nobody":
-            phases["loading"] |= pages
         return RankMemory(device=phases, host={}, nvme=nvme, checkpoint=checkpoint)
     if holding.weights_on == "none":
         device = {phase: {**parts, **frozen} for phase, parts in device.items()}

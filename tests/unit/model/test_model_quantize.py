@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ds_trainer.arguments.schema import AdapterSection, ModelSection
 from ds_trainer.assemble import require_unchanged
 from ds_trainer.errors import ModelError
 from ds_trainer.model import load, quantize
-from ds_trainer.model.adapter import add_adapter
+from ds_trainer.model.adapter import add_adapter, refuse_dora
 from ds_trainer.model.layers import meta_model, whole_layers
 from ds_trainer.model.stack import recompute_activations
 
@@ -163,6 +164,14 @@ def test_a_module_that_is_packed_is_not_trained_whole(base):
     adapter = AdapterSection.model_validate({"lora": {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}})
     with pytest.raises(ModelError, match=r"modules_to_save: model\.layers\.0\.mlp\.down_proj is held in 4 bits"):
         add_adapter(loaded(base), adapter, 0)
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_an_existing_adapter_with_dora_is_refused_where_it_cannot_train(base, tmp_path, dora):
+    adapter = AdapterSection.model_validate({"lora": {"rank": 2, "dora": dora}})
+    add_adapter(plain(base), adapter, 0).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"adapter with DoRA, which does not train at ZeRO-3") if dora else nullcontext():
+        refuse_dora(tmp_path)
 
 
 def test_a_model_without_linear_layers_is_refused(tmp_path):
